@@ -1,0 +1,211 @@
+"""The custom calls: finding the plugin library, its targets, and their attributes."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfp8._xla import ACTIVATIONS
+from jaxfp8.padded import padded_size
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float8e4m3fn, Float32
+
+
+# A changed meaning of operands or attributes gets a new number; old handlers stay in the library,
+# so that exported programs keep running.
+MATMUL_TARGET = "jaxfp8_scaled_matmul_v1"
+DENSE_TARGET = "jaxfp8_dense_v1"
+TARGETS = (MATMUL_TARGET, DENSE_TARGET)
+COMPUTE_CAPABILITY = "9.0"
+HOW_TO_INSTALL = "Install it with `pip install jaxfp8[cuda13]`, or with `make cuda` in a checkout."
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """What was found of the plugin. `problem` is None if its targets are registered.
+
+    Attributes:
+        path: the shared library, if one was found.
+        build: what the library says of its build: CUDA, CUTLASS, FFI version, kernels.
+        problem: a sentence that says why it cannot be used, and what to do.
+    """
+
+    path: str | None
+    build: dict[str, Any]
+    problem: str | None
+
+
+@functools.cache
+def plugin() -> Plugin:
+    """Find, open and register the plugin library, once per process."""
+    path = os.environ.get("JAXFP8_LIBRARY")
+    if path is None:
+        try:
+            path = importlib.import_module("jaxfp8_cuda13").library_path()
+        except ModuleNotFoundError:
+            return Plugin(
+                None, {}, f"the plugin `jaxfp8-cuda13` is not installed. {HOW_TO_INSTALL}"
+            )
+    try:
+        library = ctypes.CDLL(path)
+        library.jaxfp8_build_info.restype = ctypes.c_char_p
+        build = json.loads(library.jaxfp8_build_info())
+    except (OSError, AttributeError) as error:
+        return Plugin(path, {}, f"the library {path} cannot be opened: {error}. {HOW_TO_INSTALL}")
+    if problem := check_ffi_version(build["ffi"], jaxlib_ffi_version()):
+        return Plugin(path, build, problem)
+    for target in TARGETS:
+        stages = {
+            stage: jax.ffi.pycapsule(getattr(library, f"{target}_{stage}"))
+            for stage in ("initialize", "execute")
+        }
+        jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+    return Plugin(path, build, None)
+
+
+def jaxlib_ffi_version() -> tuple[int, int]:
+    """The XLA FFI version of the installed jaxlib, from the header that it ships."""
+    header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    major, minor = (
+        re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")
+    )
+    assert major is not None and minor is not None
+    return int(major[1]), int(minor[1])
+
+
+def check_ffi_version(built: list[int], installed: tuple[int, int]) -> str | None:
+    """Why a library built for FFI version `built` cannot run on `installed`, or None.
+
+    XLA accepts handlers of an older minor version and rejects newer ones; on a GPU it then says
+    only that no handler is registered.
+    """
+    if built[0] == installed[0] and built[1] <= installed[1]:
+        return None
+    return (
+        f"the plugin was built for XLA FFI {built[0]}.{built[1]}, but the installed jaxlib has "
+        f"{installed[0]}.{installed[1]}. Install a plugin and a jaxlib that belong together: "
+        "upgrade jaxlib, or rebuild the plugin with `make cuda`."
+    )
+
+
+@functools.cache
+def cuda_devices() -> tuple[jax.Device, ...]:
+    """The CUDA devices that JAX sees, none on a machine without."""
+    try:
+        return tuple(jax.devices("cuda"))
+    except RuntimeError:
+        return ()
+
+
+def problem() -> str | None:
+    """Why the CUTLASS path cannot run in this process, or None if it can."""
+    devices = cuda_devices()
+    if not devices:
+        return (
+            "no CUDA device is visible to JAX. It needs a Hopper GPU (compute capability "
+            f"{COMPUTE_CAPABILITY}) and a JAX with CUDA: `pip install jax[cuda13]`."
+        )
+    for device in devices:
+        if device.compute_capability != COMPUTE_CAPABILITY:
+            return (
+                f"{device} ({device.device_kind}) has compute capability "
+                f"{device.compute_capability}, but the kernels are built for "
+                f"{COMPUTE_CAPABILITY} (Hopper: H100, H200). Hide it with CUDA_VISIBLE_DEVICES, "
+                'or use implementation="xla".'
+            )
+    return plugin().problem
+
+
+def scaled_matmul(
+    lhs: Float8e4m3fn[Array, "M K"],
+    rhs: Float8e4m3fn[Array, "N K"],
+    lhs_scale: Float32[Array, "..."],
+    rhs_scale: Float32[Array, "..."],
+    bias: Float32[Array, " N"] | None,
+    *,
+    activation: str | None,
+    out_dtype: Any,
+    promoted: bool,
+) -> Float[Array, "M N"]:
+    """`_xla.scaled_matmul` as a custom call."""
+    (out,) = _call(
+        MATMUL_TARGET,
+        [((lhs.shape[0], rhs.shape[0]), out_dtype)],
+        [lhs, rhs, lhs_scale, rhs_scale, _or_empty(bias)],
+        activation=_activation_code(activation),
+        promoted=np.int32(promoted),
+    )
+    return out
+
+
+def dense(
+    x: Float[Array, "M K"],
+    qvalue: Float8e4m3fn[Array, "N_pad K_pad"],
+    scale: Float32[Array, "..."],
+    bias: Float32[Array, " N"] | None,
+    x_scale: Float32[Array, ""] | None,
+    *,
+    out_features: int,
+    activation: str | None,
+    out_dtype: Any,
+    promoted: bool,
+) -> Float[Array, "M N"]:
+    """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
+    m = x.shape[0]
+    # TMA stores rows whose pitch is a multiple of 16 bytes; only then is the result as wide as
+    # the user's. Else XLA folds the slice into the consumer.
+    per_16_bytes = 16 // jnp.dtype(out_dtype).itemsize
+    width = -(-out_features // per_16_bytes) * per_16_bytes
+    out, _, _ = _call(
+        DENSE_TARGET,
+        [
+            ((m, width), out_dtype),
+            ((m, padded_size(x.shape[1])), qvalue.dtype),  # scratch: the quantized x
+            ((m,), jnp.float32),  # scratch: its scales
+        ],
+        [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale)],
+        out_features=np.int64(out_features),
+        activation=_activation_code(activation),
+        promoted=np.int32(promoted),
+    )
+    return out[:, :out_features]
+
+
+def _call(target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any):
+    # Under shard_map all operands must vary over the same mesh axes, and the results are typed as
+    # varying over none; both are said here. Outside shard_map the sets are empty.
+    def varying(a: jax.Array) -> frozenset:
+        return getattr(jax.typeof(a), "vma", frozenset())
+
+    axes = tuple(sorted(frozenset().union(*map(varying, operands))))
+
+    def vary(a: jax.Array) -> jax.Array:
+        missing = tuple(name for name in axes if name not in varying(a))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+    outs = jax.ffi.ffi_call(target, shapes)(*map(vary, operands), **attributes)
+    return [vary(out) for out in outs]
+
+
+def _or_empty(a: jax.Array | None) -> jax.Array:
+    """An absent operand is an empty one: a custom call has a fixed number of operands."""
+    return jnp.zeros((0,), jnp.float32) if a is None else a
+
+
+def _activation_code(activation: str | None) -> np.int32:
+    return np.int32(list(ACTIVATIONS).index(activation))

@@ -1,0 +1,96 @@
+"""The two operations in plain JAX: the reference, and what runs where CUTLASS cannot.
+
+e4m3 fits bfloat16 exactly, and so does every product of two of them fit float32; so bfloat16
+operands with float32 accumulation are exact up to the order of the sums. Measured on a 2-core
+CPU at 256x4096x4096: 18 ms this way, 32 ms with float32 operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxfp8.quantize import cast_to_fp8, quantize
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float8e4m3fn, Float32
+
+
+# The order is the CUDA handler's numbering (`cuda/src/epilogue.cuh`, enum Activation).
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda y: y,
+    "relu": lambda y: jnp.maximum(y, 0),
+    "gelu": lambda y: jax.nn.gelu(y, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def scaled_matmul(
+    lhs: Float8e4m3fn[Array, "M K"],
+    rhs: Float8e4m3fn[Array, "N K"],
+    lhs_scale: Float32[Array, "..."],
+    rhs_scale: Float32[Array, "..."],
+    bias: Float32[Array, " N"] | None,
+    *,
+    activation: str | None,
+    out_dtype: Any,
+    promoted: bool,
+) -> Float[Array, "M N"]:
+    """`activation(lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)` in float32, rounded once.
+
+    `promoted` changes nothing here: the accumulator is float32 either way.
+    """
+    del promoted
+    y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16))
+    y = lhs_scale * (rhs_scale * y)
+    if bias is not None:
+        y = y + bias
+    return ACTIVATIONS[activation](y).astype(out_dtype)
+
+
+def dense(
+    x: Float[Array, "M K"],
+    qvalue: Float8e4m3fn[Array, "N_pad K_pad"],
+    scale: Float32[Array, "..."],
+    bias: Float32[Array, " N"] | None,
+    x_scale: Float32[Array, ""] | None,
+    *,
+    out_features: int,
+    activation: str | None,
+    out_dtype: Any,
+    promoted: bool,
+) -> Float[Array, "M N"]:
+    """Quantize and pad x, multiply, scale, add the bias, activate, and slice to N."""
+    if x_scale is None:
+        qx, lhs_scale = quantize(x, axis=-1)
+    else:
+        qx, lhs_scale = cast_to_fp8(x, x_scale), x_scale
+    qx = pad_last(qx, qvalue.shape[1])
+    if bias is not None:
+        bias = pad_last(bias, qvalue.shape[0])
+    y = scaled_matmul(
+        qx,
+        qvalue,
+        lhs_scale,
+        scale,
+        bias,
+        activation=activation,
+        out_dtype=out_dtype,
+        promoted=promoted,
+    )
+    return y[:, :out_features]
+
+
+def contract(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float32[Array, "M N"]:
+    """`a @ b.T` accumulated in float32, neither operand transposed in memory."""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def pad_last(x: Array, size: int) -> Array:
+    """Zero-pad the last axis to `size`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

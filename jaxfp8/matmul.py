@@ -1,0 +1,354 @@
+"""`scaled_matmul`, `fp8_dense` and `fp8_dense_float`: argument checks and transforms."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxfp8 import _dispatch, _xla
+from jaxfp8._vmap import fold_rows
+from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
+from jaxfp8.quantize import FP8_DTYPE, check_float
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float8e4m3fn, Float32
+
+
+def scaled_matmul(
+    lhs: Float8e4m3fn[Array, "*lead K_pad"],
+    rhs: Float8e4m3fn[Array, "N_pad K_pad"],
+    lhs_scale: Float32[Array, "..."],
+    rhs_scale: Float32[Array, "..."],
+    bias: Float32[Array, " N_pad"] | None = None,
+    *,
+    activation: str | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    precision: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*lead N_pad"]:
+    """Multiply two quantized arrays, scale, add a bias, activate; round once, at the end.
+
+    Equivalent JAX, all in float32 until the last cast:
+    `activation(lhs_scale * (rhs_scale * (lhs @ rhs.T)) + bias).astype(out_dtype)`.
+
+    Args:
+        lhs: e4m3 `[*lead, K_pad]`, K_pad a multiple of 16.
+        rhs: e4m3 `[N_pad, K_pad]`, K-major, N_pad a multiple of 16.
+        lhs_scale: float32 `[]` (per tensor) or `[*lead, 1]` (per token). Told by shape.
+        rhs_scale: float32 `[]` (per tensor) or `[N_pad]` (per channel).
+        bias: float `[N_pad]`, or None.
+        activation: None, "relu", "gelu" (the tanh form) or "silu".
+        out_dtype: bfloat16, float16 or float32.
+        precision: see `fp8_dense`.
+        implementation: see `fp8_dense`.
+
+    Raises:
+        TypeError: if an operand is not e4m3, or a scale or the bias not float.
+        ValueError: for any shape that does not fit, an unknown activation, out_dtype, precision or
+            implementation.
+    """
+    _dispatch.check_activation(activation)
+    _dispatch.check_implementation(implementation)
+    out_dtype = _dispatch.check_out_dtype(out_dtype)
+    promoted = _dispatch.is_promoted(precision)
+    for name, a in (("lhs", lhs), ("rhs", rhs)):
+        if jnp.result_type(a) != FP8_DTYPE:
+            raise TypeError(
+                f"`{name}` must be float8_e4m3fn, but it is {jnp.result_type(a)}. Quantize it with "
+                "`quantize`, or use `fp8_dense`, which quantizes x itself."
+            )
+    if lhs.ndim < 1 or rhs.ndim != 2 or lhs.shape[-1] != rhs.shape[1]:
+        raise ValueError(
+            "`lhs` must be [*lead, K_pad] and `rhs` [N_pad, K_pad] (K-major, so an [in, out] "
+            f"weight is transposed first), but their shapes are {lhs.shape} and {rhs.shape}."
+        )
+    n, k = rhs.shape
+    if n % ALIGNMENT or k % ALIGNMENT or n == 0 or k == 0:
+        raise ValueError(
+            f"`rhs` must have both sides a positive multiple of {ALIGNMENT}, but its shape is "
+            f"{rhs.shape}. Pad it with zeros, or use `PaddedKernel.from_dense` and `fp8_dense`."
+        )
+    lead = lhs.shape[:-1]
+    lhs_scale = _check_vector(lhs_scale, "lhs_scale", ((), (*lead, 1)), "per tensor or per token")
+    rhs_scale = _check_vector(rhs_scale, "rhs_scale", ((), (n,)), "per tensor or per channel")
+    if bias is not None:
+        bias = _check_vector(bias, "bias", ((n,),), "one value for each output feature")
+    if 0 in lead:
+        return jnp.zeros((*lead, n), out_dtype)
+    operation = _matmul_operation(activation, out_dtype, promoted, implementation)
+    m = _rows(lead)
+    lhs_scale = lhs_scale.reshape(m, 1) if lhs_scale.ndim else lhs_scale
+    return operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias).reshape(*lead, n)
+
+
+def fp8_dense(
+    x: Float[Array, "*lead K"],
+    kernel: PaddedKernel,
+    bias: Float32[Array, " N"] | None = None,
+    *,
+    activation: str | None = None,
+    x_scale: Float32[Array, ""] | None = None,
+    out_dtype: Any = None,
+    precision: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*lead N"]:
+    """A dense layer on FP8 tensor cores: quantize x, multiply by the padded kernel, slice to N.
+
+    Equivalent JAX: `activation(x @ kernel.dequantize() + bias).astype(out_dtype)`, with x rounded
+    to e4m3 and everything after the product in float32. On a Hopper GPU it is one custom call.
+    Derivatives with respect to x and bias are straight-through (as if x were not rounded).
+
+    Args:
+        x: float array of 16 bits or more, `[*lead, K]`, any number of leading axes. float64
+            computes in float32 and casts back.
+        kernel: a PaddedKernel for one layer (no stack), logical size K x N.
+        bias: float `[N]`, added in float32, or None.
+        activation: None, "relu", "gelu" (the tanh form) or "silu", applied in float32.
+        x_scale: float32 `[]`, a static scale of x (values past ±448·x_scale saturate). None: one
+            scale for each row, from its absolute maximum.
+        out_dtype: bfloat16, float16, float32 or float64; None is x's dtype.
+        precision: None follows `jax_default_matmul_precision`. DEFAULT accumulates inside the
+            tensor core (about 14 bits); HIGH and HIGHEST promote partial sums to float32;
+            `DotAlgorithmPreset.ANY_F8_ANY_F8_F32[_FAST_ACCUM]` says it outright. Without CUTLASS
+            the accumulator is float32 always.
+        implementation: "cutlass" or "xla" is that one, or an error that says why not. None takes
+            CUTLASS where it can run.
+
+    Raises:
+        TypeError: if x is not a float of 16 bits or more, a leaf of the kernel was cast, or the
+            result is differentiated with respect to the kernel.
+        ValueError: if a shape does not fit, or an option is unknown.
+        RuntimeError: when run, if "cutlass" was named and cannot run here.
+    """
+    _dispatch.check_activation(activation)
+    _dispatch.check_implementation(implementation)
+    promoted = _dispatch.is_promoted(precision)
+    check_float(x, "x")
+    x = jnp.asarray(x)
+    check_kernel(kernel, "kernel")
+    k, n = kernel.in_features, kernel.out_features
+    if kernel.stack:
+        raise ValueError(
+            f"`kernel` must be one layer's, but it is a stack of shape {kernel.stack}. Use "
+            "`jax.vmap` or `nn.scan` over the stack."
+        )
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"`x` must have {k} features in its last axis, the in_features of `kernel`, but its "
+            f"shape is {x.shape}."
+        )
+    if bias is not None:
+        bias = _check_vector(bias, "bias", ((n,),), "one value for each output feature")
+    if x_scale is not None:
+        x_scale = _check_vector(x_scale, "x_scale", ((),), "one static scale")
+    result_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if x.dtype == jnp.float64:
+        x = x.astype(jnp.float32)
+    work_dtype = jnp.float32 if result_dtype == jnp.float64 else result_dtype
+    work_dtype = _dispatch.check_out_dtype(work_dtype)
+    lead = x.shape[:-1]
+    if 0 in lead:
+        return jnp.zeros((*lead, n), result_dtype)
+    operation = _dense_operation(activation, work_dtype, promoted, implementation)
+    y = operation(x.reshape(_rows(lead), k), kernel, bias, x_scale)
+    return y.reshape(*lead, n).astype(result_dtype)
+
+
+def fp8_dense_float(
+    x: Float[Array, "*lead K"],
+    w: Float[Array, "K N"],
+    bias: Float[Array, " N"] | None = None,
+    *,
+    activation: str | None = None,
+    out_dtype: Any = None,
+    precision: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*lead N"]:
+    """`fp8_dense` on a float weight, quantized at every call: the layer of a training step.
+
+    The result is the one that `fp8_dense(x, PaddedKernel.from_dense(w), bias)` gives; derivatives
+    with respect to x, w and bias are those of `activation(x @ w + bias)` (straight-through).
+
+    Args:
+        x: float array of 16 bits or more, `[*lead, K]`.
+        w: float array of 16 bits or more, Flax's `[K, N]`.
+        bias: float `[N]`, or None.
+        activation: see `fp8_dense`, like `out_dtype`, `precision` and `implementation`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fp8_dense` and `PaddedKernel.from_dense`.
+    """
+    check_float(x, "x")
+    check_float(w, "w")
+    if jnp.ndim(w) != 2:
+        raise ValueError(f"`w` must have shape [K, N], but its shape is {jnp.shape(w)}.")
+    out_dtype = jnp.dtype(jnp.result_type(x) if out_dtype is None else out_dtype)
+    operation = _float_operation(activation, out_dtype, _freeze(precision), implementation)
+    return operation(jnp.asarray(x), jnp.asarray(w), bias)
+
+
+@functools.cache
+def _matmul_operation(activation, out_dtype, promoted, implementation):
+    static = dict(activation=activation, out_dtype=out_dtype, promoted=promoted)
+
+    @fold_rows(rows=(True, False, None, False, False))
+    def primal(lhs, rhs, lhs_scale, rhs_scale, bias):
+        return _dispatch.call(
+            "scaled_matmul", implementation, lhs, rhs, lhs_scale, rhs_scale, bias, **static
+        )
+
+    operation = jax.custom_jvp(primal)
+
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        lhs, rhs, *floats = primals
+        if not _is_zero(tangents[:2]):
+            raise TypeError(
+                "`lhs` and `rhs` of `scaled_matmul` are float8_e4m3fn and cannot be "
+                "differentiated. Differentiate `fp8_dense` with respect to x, or wrap them in "
+                "`jax.lax.stop_gradient`."
+            )
+        reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
+        _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
+        return operation(*primals), tangent
+
+    return operation
+
+
+@functools.cache
+def _dense_operation(activation, out_dtype, promoted, implementation):
+    @fold_rows(rows=(True, False, False, False))
+    def primal(x, kernel, bias, x_scale):
+        return _dispatch.call(
+            "dense",
+            implementation,
+            x,
+            kernel.qvalue,
+            kernel.scale,
+            bias,
+            x_scale,
+            out_features=kernel.out_features,
+            activation=activation,
+            out_dtype=out_dtype,
+            promoted=promoted,
+        )
+
+    operation = jax.custom_jvp(primal)
+
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        x, kernel, bias, x_scale = primals
+        x_dot, kernel_dot, bias_dot, _ = tangents
+        if not _is_zero(kernel_dot):
+            raise TypeError(
+                "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
+                "To train the layer give it a float `param_dtype` (for example jnp.float32); to "
+                "train something else beside it, pass `jax.lax.stop_gradient(params)`."
+            )
+        y = operation(*primals)
+        # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
+        y_dot = jnp.zeros((x.shape[0], kernel.out_features), jnp.float32)
+        if not _is_zero(x_dot):
+            y_dot += _tangent_matmul(x_dot, kernel)
+        if bias is not None and not _is_zero(bias_dot):
+            y_dot += bias_dot
+        return y, _activation_jvp(
+            activation,
+            out_dtype,
+            y_dot,
+            lambda: _dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)(
+                *primals
+            ),
+        )
+
+    return operation
+
+
+@functools.cache
+def _float_operation(activation, out_dtype, precision, implementation):
+    def dense(x, w, bias, activation, out_dtype):
+        return fp8_dense(
+            x,
+            PaddedKernel.from_dense(w),
+            bias,
+            activation=activation,
+            out_dtype=out_dtype,
+            precision=precision,
+            implementation=implementation,
+        )
+
+    @jax.custom_jvp
+    def operation(x, w, bias):
+        return dense(x, w, bias, activation, out_dtype)
+
+    @operation.defjvp
+    def _(primals, tangents):
+        x, w, bias = primals
+        x_dot, w_dot, bias_dot = tangents
+        y = operation(x, w, bias)
+        y_dot = _matmul(x_dot, w) + _matmul(x, w_dot)
+        if bias is not None:
+            y_dot += bias_dot
+        pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
+        return y, _activation_jvp(activation, out_dtype, y_dot, lambda: pre(x, w, bias))
+
+    return operation
+
+
+def _activation_jvp(activation, out_dtype, pre_dot, pre):
+    """The tangent past the activation; `pre()` recomputes the float32 pre-activation."""
+    if activation is None:
+        return pre_dot.astype(out_dtype)
+    _, y_dot = jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))
+    return y_dot.astype(out_dtype)
+
+
+def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
+    """`x_dot @ kernel.dequantize()`. e4m3 is exact in x's dtype, so only the scale waits."""
+    qvalue = kernel.qvalue.astype(x_dot.dtype)
+    y_dot = _xla.contract(_xla.pad_last(x_dot, qvalue.shape[1]), qvalue) * kernel.scale
+    return y_dot[:, : kernel.out_features]
+
+
+def _matmul(x, w) -> Float32[Array, "*lead N"]:
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _is_zero(tangents: Any) -> bool:
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return all(isinstance(t, SymbolicZero) for t in leaves)
+
+
+def _instantiate(primals: Any, tangents: Any) -> tuple:
+    def one(p, t):
+        return jnp.zeros_like(p) if isinstance(t, SymbolicZero) else t
+
+    return tuple(jax.tree.map(one, tuple(primals), tuple(tangents)))
+
+
+def _check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[Array, "..."]:
+    """`a` as float32, if it is a float array of one of `shapes`."""
+    dtype = jnp.result_type(a)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(f"`{name}` must be a float array, but it is {dtype}.")
+    if jnp.shape(a) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"`{name}` must have shape {wanted} ({meaning}), but its shape is {jnp.shape(a)}."
+        )
+    return jnp.asarray(a).astype(jnp.float32)
+
+
+def _rows(lead: tuple) -> Any:
+    """M, also where a leading size is symbolic."""
+    return functools.reduce(lambda a, b: a * b, lead, 1)
+
+
+def _freeze(precision: Any) -> Any:
+    return tuple(precision) if isinstance(precision, list) else precision

@@ -1,0 +1,112 @@
+"""e4m3 numerics: scales from absolute maxima, and saturating casts.
+
+Both implementations of the layer use these constants; the CUDA quantize kernel repeats them
+(`cuda/src/quantize.cuh`), and a GPU test holds the two to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float8e4m3fn, Float32
+
+
+FP8_DTYPE = jnp.float8_e4m3fn
+# Largest finite e4m3 value: S.1111.110 = 2^8 * 1.75 (Micikevicius et al. 2022, "FP8 formats for
+# deep learning", table 1).
+FP8_MAX = 448.0
+# XLA turns a division by a constant into a multiplication by its rounded reciprocal. Writing the
+# multiplication keeps op-by-op, jitted and CUDA results on the same bits.
+INV_FP8_MAX = np.float32(1.0) / np.float32(FP8_MAX)
+# Smallest normal float32. A smaller scale may be flushed to zero on its way, and 0/0 is NaN.
+MIN_SCALE = np.float32(2.0**-126)
+
+
+def check_float(x: object, name: str) -> None:
+    """Refuse what cannot be quantized: integers, complex numbers and 8-bit floats.
+
+    Raises:
+        TypeError: if `x` is not a real float of 16 bits or more.
+    """
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(
+            f"`{name}` must be a real float array of 16 bits or more (bfloat16, float16, float32 "
+            f"or float64), but it is {dtype}. Cast it first, for example "
+            f"`{name}.astype(jnp.bfloat16)`; an already quantized array needs its scale, so pass "
+            "it to `scaled_matmul` or as an `FP8Weight`."
+        )
+
+
+def scale_from_amax(amax: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """The multiplier that maps an absolute maximum onto e4m3's largest value.
+
+    Equals `amax / 448`, and 1 where that is below 2^-126 (a row of zeros among them). NaN and
+    infinity stay: such a row has no scale, and its results must say so.
+    """
+    scale = amax * INV_FP8_MAX
+    return jnp.where(scale < MIN_SCALE, jnp.float32(1.0), scale)
+
+
+def cast_to_fp8(
+    x: Float[Array, "*shape"], scale: Float32[Array, "*scale"]
+) -> Float8e4m3fn[Array, "*shape"]:
+    """Saturating cast of `x / scale`, `scale` broadcast against `x`.
+
+    A finite value outside ±448 becomes ±448 (a plain JAX cast makes it NaN past 464); NaN and
+    infinity in `x`, or a scale that is not finite, give NaN, never ±448.
+    """
+    x = x.astype(jnp.float32)
+    scaled = x * (jnp.float32(1.0) / scale)
+    # One NaN pattern (0x7f) on every backend: x86 makes 0·inf a NaN with the sign bit set.
+    valid = jnp.isfinite(x) & ~jnp.isnan(scaled)
+    return jnp.where(valid, jnp.clip(scaled, -FP8_MAX, FP8_MAX), jnp.float32(jnp.nan)).astype(
+        FP8_DTYPE
+    )
+
+
+def quantize(
+    x: Float[Array, "*shape"],
+    *,
+    axis: int | Sequence[int] | None = None,
+    keepdims: bool = True,
+) -> tuple[Float8e4m3fn[Array, "*shape"], Float32[Array, "*scale"]]:
+    """Quantize to e4m3 with one scale for all of `x`, or one for each slice along `axis`.
+
+    Equivalent JAX: `scale = max(abs(x), axis) / 448; qvalue = clip(x / scale, ±448).astype(e4m3)`,
+    so that `qvalue * scale` approximates `x` to a relative 2^-4 (3 mantissa bits, rounded).
+
+    Args:
+        x: float array of 16 bits or more, any shape.
+        axis: the axes that share a scale. `None`: one scale for the tensor. `-1`: one for each
+            row (per token, or per channel of an `[N, K]` weight).
+        keepdims: keep the reduced axes with size 1, so that the scale broadcasts against `x`.
+            With `axis=None` the scale has shape `()` either way.
+
+    Returns:
+        `(qvalue, scale)`: e4m3 of x's shape, and float32. A NaN or an infinity in a slice makes
+        that slice's scale NaN or infinite and its result NaN; other slices are not touched.
+
+    Raises:
+        TypeError: if `x` is an integer, complex or 8-bit float array.
+    """
+    check_float(x, "x")
+    x32 = jnp.asarray(x).astype(jnp.float32)
+    axes = tuple(range(x32.ndim)) if axis is None else axis
+    amax = jnp.max(jnp.abs(x32), axis=axes, keepdims=True, initial=0.0)
+    scale = scale_from_amax(amax)
+    qvalue = cast_to_fp8(x32, scale)
+    if axis is None:
+        return qvalue, scale.reshape(())
+    return qvalue, scale if keepdims else jnp.squeeze(scale, axes)
+
+
+def is_fp8(dtype: object) -> bool:
+    """Whether `dtype` is the one FP8 format of this package, e4m3fn."""
+    return jax.dtypes.canonicalize_dtype(dtype) == jnp.dtype(FP8_DTYPE)
