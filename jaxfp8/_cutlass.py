@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 
 from jaxfp8._xla import ACTIVATIONS
-from jaxfp8.padded import padded_size
 
 
 if TYPE_CHECKING:
@@ -31,7 +30,10 @@ MATMUL_TARGET = "jaxfp8_scaled_matmul_v1"
 DENSE_TARGET = "jaxfp8_dense_v1"
 TARGETS = (MATMUL_TARGET, DENSE_TARGET)
 COMPUTE_CAPABILITY = "9.0"
-HOW_TO_INSTALL = "Install it with `pip install jaxfp8[cuda13]`, or with `make cuda` in a checkout."
+# The attribute `kernel` of both targets: an index into the library's list of kernels, which tests
+# and tuning name outright, or this, the choice of `cuda/src/table.h`.
+FROM_TABLE = np.int32(-1)
+HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,11 @@ def plugin() -> Plugin:
         try:
             path = importlib.import_module("jaxfp8_cuda13").library_path()
         except ModuleNotFoundError:
-            return Plugin(
-                None, {}, f"the plugin `jaxfp8-cuda13` is not installed. {HOW_TO_INSTALL}"
-            )
+            why = f"the plugin `jaxfp8-cuda13` is not installed. {HOW_TO_INSTALL}"
+            return Plugin(None, {}, why)
+        except FileNotFoundError as error:
+            why = f"the plugin `jaxfp8-cuda13` has lost its library: {error} {HOW_TO_INSTALL}"
+            return Plugin(None, {}, why)
     try:
         library = ctypes.CDLL(path)
         library.jaxfp8_build_info.restype = ctypes.c_char_p
@@ -147,6 +151,7 @@ def scaled_matmul(
         [((lhs.shape[0], rhs.shape[0]), out_dtype)],
         [lhs, rhs, lhs_scale, rhs_scale, _or_empty(bias)],
         activation=_activation_code(activation),
+        kernel=FROM_TABLE,
         promoted=np.int32(promoted),
     )
     return out
@@ -165,24 +170,21 @@ def dense(
     promoted: bool,
 ) -> Float[Array, "M N"]:
     """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
-    m = x.shape[0]
-    # TMA stores rows whose pitch is a multiple of 16 bytes; only then is the result as wide as
-    # the user's. Else XLA folds the slice into the consumer.
-    per_16_bytes = 16 // jnp.dtype(out_dtype).itemsize
-    width = -(-out_features // per_16_bytes) * per_16_bytes
+    m, k_pad = x.shape[0], qvalue.shape[1]
     out, _, _ = _call(
         DENSE_TARGET,
         [
-            ((m, width), out_dtype),
-            ((m, padded_size(x.shape[1])), qvalue.dtype),  # scratch: the quantized x
+            ((m, out_features), out_dtype),
+            ((m, k_pad), qvalue.dtype),  # scratch: the quantized x
             ((m,), jnp.float32),  # scratch: its scales
         ],
         [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale)],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
+        kernel=FROM_TABLE,
         promoted=np.int32(promoted),
     )
-    return out[:, :out_features]
+    return out
 
 
 def _call(target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any):

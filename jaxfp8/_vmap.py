@@ -38,7 +38,9 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
                 for arg, b, fold in zip(args, batched, foldable, strict=True)
             ]
             out = wrapped(*folded)
-            return out.reshape(axis_size, -1, out.shape[-1]), True
+            # Of one example; not -1, which a batch of none leaves undetermined.
+            rows_each = args[0].shape[1 if batched[0] else 0]
+            return out.reshape(axis_size, rows_each, out.shape[-1]), True
 
         return wrapped
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxfp8 import _dispatch, _xla
+from jaxfp8 import _dispatch, _options, _xla
 from jaxfp8._vmap import fold_rows
 from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
 from jaxfp8.quantize import FP8_DTYPE, check_float
@@ -52,10 +52,10 @@ def scaled_matmul(
         ValueError: for any shape that does not fit, an unknown activation, out_dtype, precision or
             implementation.
     """
-    _dispatch.check_activation(activation)
-    _dispatch.check_implementation(implementation)
-    out_dtype = _dispatch.check_out_dtype(out_dtype)
-    promoted = _dispatch.is_promoted(precision)
+    _options.check_activation(activation)
+    _options.check_implementation(implementation)
+    out_dtype = _options.check_out_dtype(out_dtype)
+    promoted = _options.is_promoted(precision)
     for name, a in (("lhs", lhs), ("rhs", rhs)):
         if jnp.result_type(a) != FP8_DTYPE:
             raise TypeError(
@@ -125,9 +125,9 @@ def fp8_dense(
         ValueError: if a shape does not fit, or an option is unknown.
         RuntimeError: when run, if "cutlass" was named and cannot run here.
     """
-    _dispatch.check_activation(activation)
-    _dispatch.check_implementation(implementation)
-    promoted = _dispatch.is_promoted(precision)
+    _options.check_activation(activation)
+    _options.check_implementation(implementation)
+    promoted = _options.is_promoted(precision)
     check_float(x, "x")
     x = jnp.asarray(x)
     check_kernel(kernel, "kernel")
@@ -150,7 +150,7 @@ def fp8_dense(
     if x.dtype == jnp.float64:
         x = x.astype(jnp.float32)
     work_dtype = jnp.float32 if result_dtype == jnp.float64 else result_dtype
-    work_dtype = _dispatch.check_out_dtype(work_dtype)
+    work_dtype = _options.check_out_dtype(work_dtype)
     lead = x.shape[:-1]
     if 0 in lead:
         return jnp.zeros((*lead, n), result_dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 
 from jaxfp8.quantize import FP8_DTYPE, check_float, quantize
@@ -36,7 +37,7 @@ def padded_size(size: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PaddedKernel:
-    """A dense weight in the form the tensor core reads: e4m3, K-major, padded to 16, with its scale.
+    """A dense weight as the tensor core reads it: e4m3, K-major, padded to 16, and its scale.
 
     Invariant: outside `[:out_features, :in_features]` the qvalue is 0 and the scale is 1. The
     weight is `qvalue * scale`. Construct it with `from_dense`; the bare constructor checks
@@ -96,9 +97,7 @@ class PaddedKernel:
         return tuple(self.qvalue.shape[:-2])
 
 
-def quantize_and_pad(
-    w: Float[Array, "*stack N K"], *, per_channel: bool = True
-) -> PaddedKernel:
+def quantize_and_pad(w: Float[Array, "*stack N K"], *, per_channel: bool = True) -> PaddedKernel:
     """`PaddedKernel.from_dense` for a weight already in `[*stack, N, K]`: no transpose."""
     out_features, in_features = w.shape[-2:]
     qvalue, scale = quantize(w, axis=-1 if per_channel else (-2, -1), keepdims=False)
@@ -240,11 +239,17 @@ def _to_state_dict(kernel: PaddedKernel) -> dict[str, Any]:
 
 
 def _from_state_dict(kernel: PaddedKernel, state: dict[str, Any]) -> PaddedKernel:
-    if state.get("format_version") != FORMAT_VERSION:
+    if not isinstance(state, dict) or "format_version" not in state:
         raise ValueError(
-            f"`state` holds a PaddedKernel of format version {state.get('format_version')}, but "
-            f"this jaxfp8 reads version {FORMAT_VERSION}. A dense checkpoint is loaded with "
+            f"`state` must hold a PaddedKernel as `flax.serialization` wrote it, but it is "
+            f"{type(state).__name__}. A dense checkpoint is loaded with "
             "`update_params(params, loaded)`, not restored into a padded tree."
+        )
+    if state["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"`state` holds a PaddedKernel of format version {state['format_version']}, but this "
+            f"jaxfp8 reads version {FORMAT_VERSION}. Read it with the jaxfp8 that wrote it, and "
+            "save its `dequantize_params`."
         )
     stored = (int(state["in_features"]), int(state["out_features"]))
     wanted = (kernel.in_features, kernel.out_features)
@@ -254,11 +259,22 @@ def _from_state_dict(kernel: PaddedKernel, state: dict[str, Any]) -> PaddedKerne
             f"out_features={stored[1]}, but the target has in_features={wanted[0]}, "
             f"out_features={wanted[1]}. Restore into a model of the stored sizes."
         )
-    return PaddedKernel(
+    restored = PaddedKernel(
         serialization.from_state_dict(kernel.qvalue, state["qvalue"], name="qvalue"),
         serialization.from_state_dict(kernel.scale, state["scale"], name="scale"),
         *wanted,
     )
+    # Flax itself checks no array shapes, and a scale of the other kind would change the layer.
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(kernel), jax.tree.leaves(restored), strict=True
+    ):
+        if np.shape(old) != np.shape(new):
+            raise ValueError(
+                f"`state` holds a PaddedKernel whose `{jax.tree_util.keystr(path)}` has shape "
+                f"{np.shape(new)}, but the target's has {np.shape(old)}. Restore into a model of "
+                "the same stack and the same `per_channel`."
+            )
+    return restored
 
 
 serialization.register_serialization_state(PaddedKernel, _to_state_dict, _from_state_dict)

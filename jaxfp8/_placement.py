@@ -1,0 +1,86 @@
+"""Where arrays lie: on one device or over a mesh, committed there or not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+
+
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+    """Leave the mesh of `jax.set_mesh`, so that work is done where the arrays lie.
+
+    Inside it, `jit` would compile for all devices of the mesh: it refuses an array that is on one
+    of them, and commits results that were not committed.
+    """
+    with contextlib.ExitStack() as stack:
+        if not jax.sharding.get_abstract_mesh().empty:
+            # Under a trace JAX refuses; the mesh is then the concern of the function around.
+            with contextlib.suppress(ValueError):
+                stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        yield
+
+
+def bring(array: Any, sharding: Sharding) -> jax.Array:
+    """`device_put`, which takes ten times as long to find that nothing is to be done."""
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    return jax.device_put(array, sharding)
+
+
+def place_like(fresh: Any, target: Any) -> Any:
+    """Bring a new array to where a parameter is committed, or where its abstract form says."""
+    if isinstance(fresh, jax.core.Tracer) or isinstance(target, jax.core.Tracer):
+        return fresh
+    sharding = getattr(target, "sharding", None)
+    committed = not isinstance(target, jax.Array) or target.committed
+    on_devices = not isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+    if sharding is None or not (committed and on_devices):
+        return fresh
+    return jax.device_put(fresh, sharding)
+
+
+def devices_key(sharding: Sharding) -> Any:
+    """Equal for arrays that one program can hold."""
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh
+    return frozenset(sharding.device_set)
+
+
+def replicated(sharding: Sharding) -> Sharding:
+    """The whole array on each device of `sharding`."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def source_sharding(
+    source: Any, target_sharding: Sharding, target_ndim: int, *, transposes: bool
+) -> Sharding:
+    """Where a loaded array has to be for the program that writes a parameter.
+
+    On the parameter's own mesh it stays as it is. From elsewhere each device gets the part that it
+    writes, or all of it where the mesh does not divide the logical size as it does the padded one.
+    """
+    if not isinstance(target_sharding, NamedSharding):
+        return target_sharding
+    mesh = target_sharding.mesh
+    if isinstance(source, jax.Array) and isinstance(source.sharding, NamedSharding):
+        if source.sharding.mesh == mesh:
+            return source.sharding
+    if source.ndim != target_ndim:
+        return replicated(target_sharding)
+    axes = [*target_sharding.spec, *[None] * (target_ndim - len(target_sharding.spec))]
+    if transposes and target_ndim >= 2:
+        axes[-2:] = axes[:-3:-1]
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    try:
+        sharding.shard_shape(tuple(source.shape))
+    except ValueError:
+        return replicated(target_sharding)
+    return sharding

@@ -1,0 +1,260 @@
+"""New weights for a served model: pure (`update_params`) or in place (`reload_params`).
+
+Both take the tree that a trainer has, pair it with the served one path by path, check everything
+before anything is changed, and rewrite whole buffers: a weight's scale is recomputed with it, and
+its padding is zeroed each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.core import FrozenDict
+from flax.core.meta import AxisMetadata, Partitioned
+
+from jaxfp8._accounting import (
+    Write,
+    account,
+    entries,
+    is_calibration,
+    one_level,
+    unbox,
+)
+from jaxfp8._convert import Carry, convert, measure
+from jaxfp8._donate import Step, addresses, check_donatable, steps
+from jaxfp8._leaf import FLOATS
+from jaxfp8._placement import no_mesh, place_like
+from jaxfp8.padded import PaddedKernel
+
+
+class ReloadError(RuntimeError):
+    """A device error in the middle of a reload, after all checks had passed.
+
+    Attributes:
+        params: the tree as it is now: new leaves where they were written, else the old ones.
+        updated: the paths already new.
+        failed: the path whose write failed; its buffers may be lost.
+    """
+
+    def __init__(self, message: str, params: Any, updated: tuple[str, ...], failed: str):
+        super().__init__(message)
+        self.params = params
+        self.updated = updated
+        self.failed = failed
+
+
+@no_mesh()
+def update_params(
+    params: Any, loaded: Any, *, partial: bool = False, ignore: str | Sequence[str] = ()
+) -> Any:
+    """A tree like `params` with the weights of `loaded`; nothing is changed in place.
+
+    Equivalent JAX, for a kernel: `PaddedKernel.from_dense(loaded_kernel)`; for any other leaf:
+    `loaded_leaf.astype(leaf.dtype)`. Applying it twice gives the same bits as once.
+
+    Args:
+        params: the served tree: any nesting of dicts, FrozenDicts, tuples and lists, with
+            PaddedKernels and plain arrays, boxed (`nn.Partitioned`) or not. Its leaves may be
+            abstract, from `jax.eval_shape` of `init`.
+        loaded: a tree of the same paths; boxes do not matter. Where `params` has a PaddedKernel
+            of `[*stack, N, K]`: a float array `[*stack, K, N]`, a DenseWeight, an FP8Weight
+            (either layout), or a PaddedKernel of the same sizes. Elsewhere: an array of the same
+            shape, cast between floats and else of the same dtype. JAX or numpy arrays.
+        partial: allow paths that `loaded` lacks; their present values are kept.
+        ignore: patterns (`fnmatch`) of paths in `loaded` that `params` lacks, to be left out. A
+            pattern may name a subtree: `"value_head"`, `"opt_*"`. One that hits nothing is fine.
+
+    Returns:
+        A tree of the structure, shapes and dtypes of `params`, per-channel or per-tensor as
+        there. Written leaves are new buffers, which share nothing with `loaded`; they are placed
+        like the leaf of `params` if that has a committed sharding. Leaves that were not written
+        are those of `params` themselves. A static activation scale (`x_scale` beside a padded
+        kernel) is a calibration constant which no trainer has: it is kept unless `loaded` has it.
+
+    Raises:
+        ValueError: if paths are missing or unexpected, or shapes, layouts or scales do not fit
+            (all are listed in one error); if a weight is NaN or infinite, or a scale not
+            positive. Values are checked where they are concrete: under `jit`, `vmap` or
+            `eval_shape` the traced ones are not, and `quantize`'s rule holds instead (a slice
+            with a NaN gets a NaN scale).
+        TypeError: if only dtypes or types do not fit.
+    """
+    writes = account(params, loaded, partial=partial, ignore=ignore)
+    carries, flags = _measure(writes)
+    _check_values(flags, allow_nonfinite=False)
+    leaves, treedef = jax.tree.flatten(params)
+    for write, carry in zip(writes, carries, strict=True):
+        fresh = convert(write.conversion, carry, *write.sources)
+        leaves[write.slots] = map(place_like, fresh, write.targets)
+    _release_host_arrays(writes, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@no_mesh()
+def reload_params(
+    params: Any,
+    loaded: Any,
+    *,
+    partial: bool = False,
+    ignore: str | Sequence[str] = (),
+    allow_nonfinite: bool = False,
+) -> Any:
+    """`update_params` into the buffers of `params`, which is donated: use the tree returned.
+
+    First everything is checked (one pass over `loaded`, one synchronisation); then the leaves are
+    written one by one, each by a program compiled once for its shape and dtype. No leaf changes
+    shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
+    tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
+    arrays in it may be overwritten as soon as this returns (they are sent to the device twice,
+    once to be checked).
+
+    An address moves only where keeping it would destroy somebody else's data: where `params` and
+    `loaded` share a buffer (that leaf gets a new one), and on CPU where numpy has a live view of
+    the buffer or owns it (`np.asarray(leaf)`, `jnp.asarray(numpy_array)`).
+
+    Args:
+        params: as in `update_params`, all JAX arrays; consumed.
+        loaded: as in `update_params`, on any device.
+        partial: as in `update_params`. Leaves that are kept are handed on, not copied.
+        ignore: as in `update_params`.
+        allow_nonfinite: accept NaN and infinite weights, to look at a model that has diverged.
+            Scales are checked all the same.
+
+    Raises:
+        ValueError: as `update_params`, and if two leaves of `params` share a buffer. Nothing has
+            been changed then.
+        TypeError: as `update_params`, and under a trace (use `update_params` there), or if a leaf
+            of `params` is abstract or a numpy array.
+        ReloadError: if the device fails after the checks, for example out of memory. It names
+            the leaves already new and holds the tree as it is then.
+    """
+    writes = account(params, loaded, partial=partial, ignore=ignore)
+    check_donatable(params, writes)
+    carries, flags = _measure(writes)
+    if any(isinstance(flag, jax.core.Tracer) for flag in flags.values()):
+        raise TypeError(
+            "`reload_params` overwrites buffers and cannot run under jit, vmap or grad, but it was "
+            "called while a function is traced. Use `update_params` there."
+        )
+    _check_values(flags, allow_nonfinite=allow_nonfinite)
+    todo = [s for w, carry in zip(writes, carries, strict=True) for s in steps(w, carry)]
+    shared = set().union(*map(addresses, jax.tree.leaves(loaded)))
+    leaves, treedef = jax.tree.flatten(params)
+    for done, step in enumerate(todo):
+        try:
+            fresh = step.run(tuple(leaves[slot] for slot in step.slots), shared)
+        except Exception as error:
+            tree = jax.tree.unflatten(treedef, leaves)
+            raise _reload_error(todo, done, tree, error) from error
+        for slot, leaf in zip(step.slots, fresh, strict=True):
+            leaves[slot] = leaf
+    _release_host_arrays(writes, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def dequantize_params(params: Any) -> Any:
+    """The float tree of a served one: what its trainer has, to the precision of FP8.
+
+    Equivalent JAX: `kernel.dequantize()`, float32 `[*stack, K, N]`, for each PaddedKernel. A
+    kernel boxed in `nn.Partitioned` gets the box of its qvalue with the last two names swapped.
+    Other leaves are handed on as they are, except a static activation scale (`x_scale` beside a
+    kernel), which `nn.Dense` does not have and which is left out.
+
+    Raises:
+        TypeError, ValueError: if a kernel is not intact (see `PaddedKernel`).
+    """
+    if isinstance(params, PaddedKernel):
+        return _dequantize(params)
+    if _has_calibration(params):
+        rest = {key: value for key, value in params.items() if key != "x_scale"}
+        params = FrozenDict(rest) if isinstance(params, FrozenDict) else rest
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
+        return params
+    children, treedef = one_level(params)
+    return treedef.unflatten(map(dequantize_params, children))
+
+
+def trainable_mask(params: Any) -> Any:
+    """True for each leaf that a gradient step may change, for `optax.masked`.
+
+    False for the leaves of a PaddedKernel, for a static activation scale (`x_scale` beside a
+    kernel) and for what is not a real float of 16 bits or more. The tree has the structure of
+    `params`, boxes and PaddedKernels included.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    mask = [False] * len(leaves)
+    tree = entries(params)
+    for path, entry in tree.items():
+        if not (isinstance(entry.node, PaddedKernel) or is_calibration(path, tree)):
+            mask[entry.slots] = [_is_trainable(leaf) for leaf in leaves[entry.slots]]
+    return jax.tree.unflatten(treedef, mask)
+
+
+def _measure(writes: Sequence[Write]) -> tuple[list[Carry], dict[str, Any]]:
+    carries, flags = [], {}
+    for write in writes:
+        sources = (s if isinstance(s, jax.Array) else jax.device_put(s) for s in write.sources)
+        carry, flags[write.name] = measure(write.conversion, *sources)
+        carries.append(carry)
+    return carries, flags
+
+
+def _check_values(flags: dict[str, Any], *, allow_nonfinite: bool) -> None:
+    concrete = {name: f for name, f in flags.items() if not isinstance(f, jax.core.Tracer)}
+    problems = []
+    for name, (finite, scales_valid) in jax.device_get(concrete).items():
+        if not (finite or allow_nonfinite):
+            problems.append(f"  {name}: a weight is NaN or infinite (in the parameter's dtype).")
+        if not scales_valid:
+            problems.append(f"  {name}: a scale is not positive, finite and at least 2^-126.")
+    if problems:
+        raise ValueError(
+            "`loaded` holds values that cannot be served, and nothing has been changed. Look for "
+            "a diverged training step or a damaged checkpoint (`reload_params` takes NaN and "
+            "infinite weights with allow_nonfinite=True, bad scales never):\n" + "\n".join(problems)
+        )
+
+
+def _release_host_arrays(writes: Sequence[Write], leaves: list[Any]) -> None:
+    # On CPU a numpy array is read where it lies, while the program runs.
+    for write in writes:
+        if not all(isinstance(source, jax.Array) for source in write.sources):
+            jax.block_until_ready(leaves[write.slots])
+
+
+def _reload_error(todo: list[Step], done: int, params: Any, error: Exception) -> ReloadError:
+    failed = todo[done].write.name
+    updated = tuple(dict.fromkeys(step.write.name for step in todo[:done]))
+    updated = tuple(name for name in updated if name != failed)
+    rest = tuple(dict.fromkeys(step.write.name for step in todo[done + 1 :]))
+    return ReloadError(
+        f"`reload_params` failed on the device while it wrote {failed}: {error}. Already new: "
+        f"{', '.join(updated) or 'nothing'}. Still old: {', '.join(rest) or 'nothing'}. The "
+        "tree as it is now is this error's `params` attribute; the buffers of the failed leaf "
+        "may be gone. Free memory and reload again, or build the tree anew with `update_params`.",
+        params,
+        updated,
+        failed,
+    )
+
+
+def _has_calibration(node: Any) -> bool:
+    if not (isinstance(node, Mapping) and "x_scale" in node):
+        return False
+    return isinstance(unbox(node.get("kernel")), PaddedKernel)
+
+
+def _dequantize(kernel: PaddedKernel) -> Any:
+    weight = unbox(kernel).dequantize()
+    box = kernel.qvalue
+    if not isinstance(box, AxisMetadata):
+        return weight
+    if isinstance(box, Partitioned) and len(box.names) >= 2:
+        box = box.replace(names=(*box.names[:-2], box.names[-1], box.names[-2]))
+    return box.replace_boxed(weight)
+
+
+def _is_trainable(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and leaf.dtype.name in FLOATS
