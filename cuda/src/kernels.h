@@ -1,0 +1,66 @@
+// The compiled kernels. A line here is one translation unit (CMake reads the names), for every
+// output type. Which of them runs is decided in table.h.
+#pragma once
+
+namespace jaxfp8 {
+
+enum class Schedule { kWarpSpecialized, kPingpong, kCooperative };
+
+// NOTES: a swapped kernel computes D^T = W X^T, so that WGMMA's fixed 64 rows run over output
+// features and its 8..256 columns over the rows of x. Tile and cluster are of the product as it is
+// launched: under "swapped" their M runs over output features.
+enum class Operands { kNormal, kSwapped };
+
+// NOTES: fast accumulation stays inside the tensor core, about 14 bits wide; promoted adds the
+// partial sums to float32 registers every 4 MMAs, and doubles the accumulator.
+enum class Accumulation { kFast, kPromoted };
+
+struct KernelSpec {
+  const char* name;
+  int tile_m, tile_n, tile_k;
+  int cluster_m, cluster_n;
+  Schedule schedule;
+  Operands operands;
+  Accumulation accumulation;
+};
+
+// NOTES: promoted kernels keep at most 64x192 accumulators for each consumer warpgroup; above that
+// the doubled accumulator spills (nvcc 13.0 -Xptxas -v: 128x256 Cooperative 920 B, 128x128
+// Pingpong 964 B; 128x128 and 128x192 Cooperative none).
+#define JAXFP8_KERNELS(X)                                                                   \
+  X(fast_swap_ws_64x16x256_1x1, 64, 16, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)       \
+  X(fast_swap_ws_64x32x256_1x1, 64, 32, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)       \
+  X(fast_swap_pp_64x16x256_2x1, 64, 16, 256, 2, 1, kPingpong, kSwapped, kFast)              \
+  X(fast_swap_pp_64x32x256_1x1, 64, 32, 256, 1, 1, kPingpong, kSwapped, kFast)              \
+  X(fast_swap_pp_64x64x256_1x1, 64, 64, 256, 1, 1, kPingpong, kSwapped, kFast)              \
+  X(fast_swap_pp_64x64x128_1x2, 64, 64, 128, 1, 2, kPingpong, kSwapped, kFast)              \
+  X(fast_swap_pp_64x128x128_1x1, 64, 128, 128, 1, 1, kPingpong, kSwapped, kFast)            \
+  X(fast_pp_64x128x128_2x1, 64, 128, 128, 2, 1, kPingpong, kNormal, kFast)                  \
+  X(fast_pp_128x128x128_1x1, 128, 128, 128, 1, 1, kPingpong, kNormal, kFast)                \
+  X(fast_pp_128x128x128_1x2, 128, 128, 128, 1, 2, kPingpong, kNormal, kFast)                \
+  X(fast_coop_128x256x128_2x1, 128, 256, 128, 2, 1, kCooperative, kNormal, kFast)           \
+  X(promoted_swap_pp_64x32x128_1x1, 64, 32, 128, 1, 1, kPingpong, kSwapped, kPromoted)      \
+  X(promoted_coop_128x128x128_2x1, 128, 128, 128, 2, 1, kCooperative, kNormal, kPromoted)   \
+  X(promoted_coop_128x192x128_2x1, 128, 192, 128, 2, 1, kCooperative, kNormal, kPromoted)
+
+enum class Kernel : int {
+#define JAXFP8_ENUM(name, ...) name,
+  JAXFP8_KERNELS(JAXFP8_ENUM)
+#undef JAXFP8_ENUM
+      kCount
+};
+
+inline constexpr int kKernelCount = static_cast<int>(Kernel::kCount);
+
+inline constexpr KernelSpec kKernelSpecs[] = {
+#define JAXFP8_SPEC(name, tm, tn, tk, cm, cn, schedule, operands, accumulation) \
+  {#name, tm, tn, tk, cm, cn, Schedule::schedule, Operands::operands, Accumulation::accumulation},
+    JAXFP8_KERNELS(JAXFP8_SPEC)
+#undef JAXFP8_SPEC
+};
+
+constexpr KernelSpec const& spec_of(Kernel kernel) {
+  return kKernelSpecs[static_cast<int>(kernel)];
+}
+
+}  // namespace jaxfp8

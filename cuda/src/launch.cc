@@ -1,0 +1,54 @@
+// Plain C entries to the two kernels, for benchmarks that time them beside other libraries on raw
+// pointers. The layer goes through handlers.cc; these check nothing.
+#include <cuda_runtime_api.h>
+
+#include "gemm.h"
+#include "quantize.h"
+#include "table.h"
+
+#define JAXFP8_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace jaxfp8 {
+
+// Returns null, or why it failed. `kernel` -1 is the table's choice; `bias` may be null;
+// `dependent` allows dependent launch where the layer would use it.
+JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_type, int m, int n,
+                                             int k, void const* lhs, void const* rhs,
+                                             float const* lhs_scale, int per_token,
+                                             float const* rhs_scale, int per_channel,
+                                             float const* bias, void* out, int64_t out_pitch,
+                                             int activation, int dependent,
+                                             void* stream) {
+  Choice const choice = choose(m, n, k, promoted != 0, kernel);
+  GemmProblem p{};
+  p.m = m, p.n = n, p.k = k, p.out_pitch = out_pitch;
+  p.lhs = lhs, p.rhs = rhs, p.out = out;
+  p.lhs_scale = lhs_scale, p.per_token = per_token != 0;
+  p.rhs_scale = rhs_scale, p.per_channel = per_channel != 0;
+  p.bias = bias;
+  p.activation = static_cast<Activation>(activation);
+  p.swizzle = choice.swizzle;
+  p.dependent = dependent != 0 && m <= kDependentMaxM;
+  p.stream = static_cast<cudaStream_t>(stream);
+  int device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
+  auto const out_kind = static_cast<Out>(out_type);
+  if (char const* why = gemm_prepare(choice.kernel, out_kind)) return why;
+  return gemm_launch(choice.kernel, out_kind, p);
+}
+
+// Returns null, or why it failed. `x_scale` null: a scale for each row.
+JAXFP8_EXPORT char const* jaxfp8_launch_quantize(int in_type, int m, int k, int k_pad,
+                                                 void const* x, float const* x_scale, void* q,
+                                                 float* scale, void* stream) {
+  QuantizeProblem p{};
+  p.m = m, p.k = k, p.k_pad = k_pad;
+  p.x = x, p.in = static_cast<In>(in_type), p.x_scale = x_scale;
+  p.q = q, p.scale = scale;
+  p.stream = static_cast<cudaStream_t>(stream);
+  if (char const* why = quantize_prepare()) return why;
+  return quantize_launch(p);
+}
+
+}  // namespace jaxfp8

@@ -1,0 +1,266 @@
+// x -> e4m3, zero-padded to k_pad, with a scale for each row: one read of x, which stays in
+// registers between its maximum and its rounding.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "once_per_device.h"
+#include "quantize.h"
+
+namespace jaxfp8 {
+namespace {
+
+// The constants of jaxfp8/quantize.py; a GPU test holds both to the same bits.
+constexpr float kInvFp8Max = 1.f / 448.f;
+constexpr float kMinScale = 1.17549435e-38f;  // 2^-126
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxKept = 8;  // 16-byte chunks of x that one thread holds
+constexpr int kManyRows = 512;
+constexpr int kChunksOfMany = 4;
+
+// How a 16-byte chunk of x is read: the widest access that the row pitch keeps aligned.
+enum class Load { k16Bytes, k8Bytes, kElements };
+
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(float v) { return v; }
+
+// One thread's share of a row: 16 bytes of x.
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+template <class T, Load kLoad>
+__device__ Chunk<T> load_chunk(T const* row, int start, int k) {
+  Chunk<T> chunk;
+  constexpr int kPiece = kLoad == Load::k16Bytes  ? Chunk<T>::kSize
+                         : kLoad == Load::k8Bytes ? Chunk<T>::kSize / 2
+                                                  : 1;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; i += kPiece) {
+    bool const inside = start + i < k;  // k is a multiple of kPiece, so a piece is never split
+    if constexpr (kLoad == Load::k16Bytes) {
+      auto* to = reinterpret_cast<uint4*>(&chunk.v[i]);
+      *to = inside ? __ldg(reinterpret_cast<uint4 const*>(row + start + i)) : uint4{};
+    } else if constexpr (kLoad == Load::k8Bytes) {
+      auto* to = reinterpret_cast<uint2*>(&chunk.v[i]);
+      *to = inside ? __ldg(reinterpret_cast<uint2 const*>(row + start + i)) : uint2{};
+    } else {
+      chunk.v[i] = inside ? row[start + i] : T(0.f);
+    }
+  }
+  return chunk;
+}
+
+// |x| as ordered bits: infinity is above every number and NaN above infinity, so a plain integer
+// maximum keeps both, where fmaxf would lose the NaN. Two 16-bit numbers go through at once.
+template <class T>
+struct Amax;
+
+template <class T>
+struct Amax16 {
+  uint32_t pair = 0;
+  __device__ void add(Chunk<T> const& chunk) {
+    auto const* words = reinterpret_cast<uint32_t const*>(chunk.v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair = __vmaxu2(pair, words[i] & 0x7fff7fffu);
+  }
+  __device__ uint32_t float_bits() const {
+    auto const bits = static_cast<uint16_t>(max(pair & 0xffffu, pair >> 16));
+    return __float_as_uint(to_float(reinterpret_cast<T const&>(bits))) & 0x7fffffffu;
+  }
+};
+template <>
+struct Amax<__nv_bfloat16> : Amax16<__nv_bfloat16> {};
+template <>
+struct Amax<__half> : Amax16<__half> {};
+
+template <>
+struct Amax<float> {
+  uint32_t bits = 0;
+  __device__ void add(Chunk<float> const& chunk) {
+#pragma unroll
+    for (float v : chunk.v) bits = max(bits, __float_as_uint(v) & 0x7fffffffu);
+  }
+  __device__ uint32_t float_bits() const { return bits; }
+};
+
+// NOTES: the saturating conversion turns NaN into 0x7f, but infinity into 448. Where the scale is
+// the row's own, an infinite x has met an infinite scale and is 0·inf = NaN already; under a static
+// scale it must be made NaN here.
+template <bool kStatic, class T>
+__device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int valid, uint8_t* to) {
+  struct alignas(Chunk<T>::kSize) Pairs {
+    __nv_fp8x2_storage_t v[Chunk<T>::kSize / 2];
+  } pairs;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; i += 2) {
+    float2 x = {to_float(chunk.v[i]), to_float(chunk.v[i + 1])};
+    if constexpr (kStatic) {
+      if (isinf(x.x)) x.x = nanf("");
+      if (isinf(x.y)) x.y = nanf("");
+    }
+    float2 const scaled = {__fmul_rn(x.x, reciprocal), __fmul_rn(x.y, reciprocal)};
+    pairs.v[i / 2] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+    // Past the row's end 0, also where the scale is NaN.
+    if (i >= valid) pairs.v[i / 2] = 0;
+    if (i + 1 == valid) pairs.v[i / 2] &= 0xff;
+  }
+  *reinterpret_cast<Pairs*>(to) = pairs;
+}
+
+// Block (threads, rows): each row of x has its own `threads`, a multiple of the warp.
+// NOTES: kKept chunks a thread stay in registers; kKept = 0 is for rows beyond 1024 threads of
+// kMaxKept chunks, read twice.
+template <class T, Load kLoad, int kKept>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
+                  uint8_t* __restrict__ q, float* __restrict__ scale, int m, int k, int k_pad) {
+  // The GEMM behind may take its place on the device now; it waits for this grid's end before it
+  // reads. Without effect unless it was launched as a dependent.
+  asm volatile("griddepcontrol.launch_dependents;");
+  constexpr int kSize = Chunk<T>::kSize;
+  int const row_index = blockIdx.x * blockDim.y + threadIdx.y;
+  bool const active = row_index < m;
+  T const* row = x + static_cast<int64_t>(active ? row_index : 0) * k;
+  int const step = blockDim.x * kSize;
+  int const start = threadIdx.x * kSize;
+
+  Chunk<T> kept[kKept > 0 ? kKept : 1];
+  Amax<T> chunk_amax;
+  if constexpr (kKept > 0) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) chunk_amax.add(kept[i]);
+  } else if (x_scale == nullptr) {
+    for (int at = start; at < k; at += step) chunk_amax.add(load_chunk<T, kLoad>(row, at, k));
+  }
+
+  bool const is_static = x_scale != nullptr;
+  float row_scale;
+  if (is_static) {
+    row_scale = *x_scale;
+  } else {
+    __shared__ uint32_t warp_amax[kMaxThreads / 32];
+    uint32_t amax = __reduce_max_sync(0xffffffffu, chunk_amax.float_bits());
+    int const warps = blockDim.x / 32;
+    uint32_t* mine = warp_amax + threadIdx.y * warps;
+    if (warps > 1) {
+      if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = amax;
+      __syncthreads();
+      int const lane = threadIdx.x % 32;
+      amax = __reduce_max_sync(0xffffffffu, lane < warps ? mine[lane] : 0u);
+    }
+    row_scale = __fmul_rn(__uint_as_float(amax), kInvFp8Max);
+    if (row_scale < kMinScale) row_scale = 1.f;  // false for NaN, which stays
+  }
+  float const reciprocal = __fdiv_rn(1.f, row_scale);
+  if (!active) return;
+  if (threadIdx.x == 0) scale[row_index] = row_scale;
+
+  uint8_t* to = q + static_cast<int64_t>(row_index) * k_pad;
+  auto const store = [&](Chunk<T> const& chunk, int at) {
+    if (is_static) {
+      store_chunk<true>(chunk, reciprocal, k - at, to + at);
+    } else {
+      store_chunk<false>(chunk, reciprocal, k - at, to + at);
+    }
+  };
+  if constexpr (kKept > 0) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      int const at = start + i * step;
+      if (at < k_pad) store(kept[i], at);
+    }
+  } else {
+    for (int at = start; at < k_pad; at += step) store(load_chunk<T, kLoad>(row, at, k), at);
+  }
+}
+
+template <class T>
+using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int);
+
+template <class T, Load kLoad>
+QuantizeKernel<T> pick_kept(int kept) {
+  switch (kept) {
+    case 1: return quantize_rows<T, kLoad, 1>;
+    case 2: return quantize_rows<T, kLoad, 2>;
+    case 4: return quantize_rows<T, kLoad, 4>;
+    case 8: return quantize_rows<T, kLoad, 8>;
+    default: return quantize_rows<T, kLoad, 0>;
+  }
+}
+
+template <class T>
+QuantizeKernel<T> pick_load(Load load, int kept) {
+  switch (load) {
+    case Load::k16Bytes: return pick_kept<T, Load::k16Bytes>(kept);
+    case Load::k8Bytes: return pick_kept<T, Load::k8Bytes>(kept);
+    default: return pick_kept<T, Load::kElements>(kept);
+  }
+}
+
+template <class T>
+char const* launch(QuantizeProblem const& p) {
+  auto const pitch = static_cast<uint64_t>(p.k) * sizeof(T) | reinterpret_cast<uintptr_t>(p.x);
+  Load const load = pitch % 16 == 0  ? Load::k16Bytes
+                    : pitch % 8 == 0 ? Load::k8Bytes
+                                     : Load::kElements;
+  int const chunks = (p.k_pad + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
+  // NOTES: few rows want all threads on each, for the latency; many rows want a few chunks a
+  // thread in flight, and blocks small enough that others load while one waits at its barrier.
+  int kept = p.m >= kManyRows ? kChunksOfMany : 1;
+  while (kept <= kMaxKept && kMaxThreads * kept < chunks) kept *= 2;
+  int const shares = kept <= kMaxKept ? (chunks + kept - 1) / kept : kMaxThreads;
+  int const threads = std::min((shares + 31) / 32 * 32, kMaxThreads);
+  int const rows = std::max(1, 256 / threads);
+  auto* kernel = pick_load<T>(load, kept <= kMaxKept ? kept : 0);
+  kernel<<<(p.m + rows - 1) / rows, dim3(threads, rows), 0, p.stream>>>(
+      static_cast<T const*>(p.x), p.x_scale, static_cast<uint8_t*>(p.q), p.scale, p.m, p.k,
+      p.k_pad);
+  cudaError_t const status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+template <class T>
+cudaError_t load_modules() {
+  for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
+    for (int kept : {0, 1, 2, 4, 8}) {
+      cudaFuncAttributes attributes;
+      cudaError_t const status = cudaFuncGetAttributes(
+          &attributes, reinterpret_cast<void const*>(pick_load<T>(load, kept)));
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+char const* load_all_modules() {
+  for (cudaError_t status :
+       {load_modules<__nv_bfloat16>(), load_modules<__half>(), load_modules<float>()}) {
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+char const* quantize_prepare() {
+  static OncePerDevice once;
+  return once.call(load_all_modules);
+}
+
+char const* quantize_launch(QuantizeProblem const& problem) {
+  switch (problem.in) {
+    case In::kBF16: return launch<__nv_bfloat16>(problem);
+    case In::kF16: return launch<__half>(problem);
+    default: return launch<float>(problem);
+  }
+}
+
+}  // namespace jaxfp8
