@@ -1,0 +1,230 @@
+"""An MLP block (dense, gelu, dense, residual) in FP8 beside nn.Dense in bfloat16 under XLA.
+
+A stack of blocks of distinct weights, past the L2 cache together, is compiled as a user would; the
+numbers are microseconds a block. Busy: the time during which a kernel ran, from a profile. Wall:
+the host's clock over many calls. Contestants run in turn, and ratios are medians of pairs. The
+compiled programs are read too: custom calls, and any copy or transpose of an FP8 weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _hlo, _mlp, _report, _trace, shapes
+from benchmarks._timing import calls_for, interleave, pairwise_ratio, wall_contestant
+from jaxfp8._cutlass import problem
+
+
+TRACE_ROUNDS = 5
+TRACE_CALLS = 3
+WALL_READING_SECONDS = 0.02
+# Both operands rounded to 3 mantissa bits: about 0.04 for each product. Two blocks exchanged give
+# 0.3, scales twice too large more.
+ERROR_LIMIT = 0.1
+# bf16 / ours, busy, of the block 4096 -> 14336 -> 4096 at this many rows.
+TARGETS = {(4096, 14336, 16): 1.5, (4096, 14336, 1024): 1.6}
+
+Block = tuple[int, int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", help="M,M,... instead of 1,16,64,256,1024,4096")
+    parser.add_argument("--quick", action="store_true", help="M = 16 and 1024 alone")
+    parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product too")
+    parser.add_argument("--no-trace", action="store_true", help="wall time alone")
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A compiled stack: what it is called, how to run it, and its program."""
+
+    kind: str
+    block: Block
+    layers: int
+    call: Callable[[], jax.Array]
+    hlo: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.block[0]}-{self.block[1]}"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print and write; 1 if a result was wrong."""
+    on_gpu = problem() is None
+    if not on_gpu:
+        print(_report.NO_GPU if jax.default_backend() == "cpu" else problem())
+    groups = shapes.LAYER_GROUPS if on_gpu else shapes.CPU_LAYER_GROUPS
+    ms = shapes.LAYER_ROWS if on_gpu else shapes.CPU_LAYER_ROWS
+    if options.quick:
+        ms = shapes.QUICK_LAYER_ROWS
+    if options.rows:
+        ms = tuple(int(m) for m in options.rows.split(","))
+    cases = [(group, m) for group in groups for m in ms]
+    progress = _report.Progress(len(cases))
+    rows: list[dict[str, Any]] = []
+    weights: dict[Block, dict[str, Any]] = {}
+    for group, m in progress.steps(cases, _label):
+        if set(weights) != set(group):
+            weights = {}  # free the old ones first
+            weights = {block: _weights(block, on_gpu) for block in group}
+        kinds = ["fp8", "bf16"]
+        kinds += ["scanned"] if m in shapes.SCANNED_ROWS or not on_gpu else []
+        kinds += ["flax"] if options.peers else []
+        contestants = [_compile(kind, b, m, weights[b]) for b in group for kind in kinds]
+        rows += measure(contestants, m, options.rounds, trace=on_gpu and not options.no_trace)
+    content = {
+        "benchmark": "layer",
+        "is_gpu_number": on_gpu,
+        "environment": _report.environment(jax.devices()[0].device_kind),
+        "rounds": {"wall": options.rounds, "busy": TRACE_ROUNDS},
+        "rows": rows,
+    }
+    _print(rows)
+    _report.write_json(options.out, "layer", content)
+    errors = [e for row in rows for kind, e in row["errors"].items() if kind != "flax"]
+    return int(not all(error < ERROR_LIMIT for error in errors))  # false for NaN
+
+
+def measure(
+    contestants: Sequence[Contestant], m: int, rounds: int, *, trace: bool
+) -> list[dict[str, Any]]:
+    """A row for each block: its contestants' times, and their ratios to FP8's."""
+    outputs = {c.name: np.asarray(c.call()).astype(np.float32) for c in contestants}
+    walls = {
+        c.name: wall_contestant(c.call, calls_for(c.call, WALL_READING_SECONDS), c.layers)
+        for c in contestants
+    }
+    seconds = {"wall": interleave(walls, rounds), "busy": {}}
+    kernels: dict[str, float] = {}
+    largest: dict[str, dict[str, float]] = {}
+    if trace:
+        calls = {c.name: c.call for c in contestants}
+        busy = _trace.measure_busy(calls, TRACE_ROUNDS, TRACE_CALLS)
+        for c in contestants:
+            parts = TRACE_CALLS * c.layers
+            seconds["busy"][c.name] = [b.seconds / parts for b in busy[c.name]]
+            kernels[c.name] = statistics.median(b.kernels.total() / parts for b in busy[c.name])
+            names = busy[c.name][0].kernels
+            largest[c.name] = {name[:120]: n / parts for name, n in names.most_common(8)}
+    rows = []
+    for block in dict.fromkeys(c.block for c in contestants):
+        own = {c.kind: c for c in contestants if c.block == block}
+        row: dict[str, Any] = {"features": block[0], "hidden": block[1], "m": m}
+        row["layers"] = own["fp8"].layers
+        row["errors"] = {
+            kind: relative_error(outputs[c.name], outputs[own["bf16"].name])
+            for kind, c in own.items()
+            if kind != "bf16"
+        }
+        row["microseconds"], row["ratios"], row["to_the_last_of_the_group"] = {}, {}, {}
+        for clock, times in seconds.items():
+            if times:
+                row["microseconds"][clock] = {
+                    kind: 1e6 * statistics.median(times[c.name]) for kind, c in own.items()
+                }
+                row["ratios"][clock] = {
+                    kind: pairwise_ratio(times[c.name], times[own["fp8"].name])
+                    for kind, c in own.items()
+                    if kind != "fp8"
+                }
+                # 3420 beside 3424: what the padding costs.
+                row["to_the_last_of_the_group"][clock] = {
+                    c.kind: pairwise_ratio(times[own[c.kind].name], times[c.name])
+                    for c in contestants
+                    if c.block == contestants[-1].block and c.block != block
+                }
+        row["kernels"] = {kind: kernels.get(c.name) for kind, c in own.items()}
+        row["kernel_names"] = {kind: largest.get(c.name) for kind, c in own.items()}
+        row["hlo"] = {kind: c.hlo for kind, c in own.items()}
+        rows.append(row)
+    return rows
+
+
+def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
+    """||result - expected|| / ||expected||."""
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+
+
+def _label(case: tuple[tuple[Block, ...], int]) -> str:
+    group, m = case
+    return f"M={m}, " + " and ".join(f"{f}-{h}-{f}" for f, h in group)
+
+
+def _weights(block: Block, on_gpu: bool) -> dict[str, Any]:
+    layers = _mlp.layers_past_cache(*block) if on_gpu else 3
+    dense = _mlp.dense_params(*block, layers)
+    fp8 = _mlp.fp8_params(dense)
+    return {"bf16": dense, "flax": dense, "fp8": fp8, "scanned": _mlp.stacked(fp8)}
+
+
+def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contestant:
+    layers = len(weights["bf16"])
+    x = jax.random.normal(jax.random.key(1), (m, block[0]), jnp.bfloat16)
+    if kind == "scanned":
+        stack: Any = _mlp.ScannedStack(*block, "fp8", layers)
+    else:
+        stack = _mlp.Stack(*block, kind, layers)
+    variables = {"params": weights[kind]}
+    if kind == "flax":
+        variables = _mlp.flax_variables(stack, weights[kind], x)
+    compiled = jax.jit(stack.apply).lower(variables, x).compile()
+    hlo = _hlo.read(compiled.as_text() or "", [block])
+    return Contestant(kind, block, layers, lambda: compiled(variables, x), hlo)
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    clock = "busy" if all("busy" in row["microseconds"] for row in rows) else "wall"
+    kinds = [k for k in ("bf16", "scanned", "flax") if any(k in r["hlo"] for r in rows)]
+    columns = ["block", "M", "ours", "bf16", *(f"{kind}\n/ ours" for kind in kinds), "error"]
+    columns += ["kernels\nours", "kernels\nbf16", "wall\nours", "wall\nbf16"]
+    columns += ["wall, bf16\n/ ours", "unaligned /\naligned", "the same,\nbf16"]
+    lines = []
+    for row in rows:
+        times, wall = row["microseconds"][clock], row["microseconds"]["wall"]
+        to_aligned = row["to_the_last_of_the_group"][clock]
+        line: list[_report.Cell] = [f"{row['features']}-{row['hidden']}", str(row["m"])]
+        line += [f"{times['fp8']:.1f}", f"{times['bf16']:.1f}"]
+        line += [_report.ratio_cell(row["ratios"][clock].get(kind)) for kind in kinds]
+        line.append(f"{row['errors']['fp8']:.3f}")
+        line += [_number(row["kernels"][kind], 1) for kind in ("fp8", "bf16")]
+        line += [f"{wall['fp8']:.1f}", f"{wall['bf16']:.1f}"]
+        line.append(_report.ratio_cell(row["ratios"]["wall"]["bf16"]))
+        line += [_number(to_aligned.get(kind), 3) for kind in ("fp8", "bf16")]
+        lines.append(line)
+    meaning = "device-busy unless it says wall" if clock == "busy" else "wall"
+    title = f"MLP block, microseconds a block ({meaning})"
+    _report.print_table(title, columns, lines)
+    for row in rows:
+        target = TARGETS.get((row["features"], row["hidden"], row["m"]))
+        if target is not None:
+            ratio = row["ratios"][clock]["bf16"]
+            print(f"{row['features']}-{row['hidden']}, M={row['m']}: {ratio:.2f}, target {target}")
+    for (features, hidden), kind, hlo in _programs(rows):
+        print(
+            f"{kind} {features}-{hidden}: custom calls {hlo['custom_calls'] or 'none'}; operations "
+            f"on FP8 weights: {hlo['operations_on_fp8_weights'] or 'none'}"
+        )
+
+
+def _programs(rows: Sequence[dict[str, Any]]) -> list[tuple[Block, str, dict[str, Any]]]:
+    """Each distinct block and kind, at the largest M where it was compiled."""
+    last = {
+        ((row["features"], row["hidden"]), kind): row["hlo"][kind]
+        for row in rows
+        for kind in row["hlo"]
+        if kind in ("fp8", "scanned")
+    }
+    return [(block, kind, hlo) for (block, kind), hlo in last.items()]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
