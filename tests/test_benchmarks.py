@@ -1,0 +1,217 @@
+"""The arithmetic of the benchmarks: pairing, bounds, profiles, programs, tables."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+
+ROOT = str(Path(__file__).parents[1])
+if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
+    sys.path.append(ROOT)
+
+from benchmarks import _hlo, _report, _timing, _trace, gemm, reload, shapes  # noqa: E402
+from benchmarks.shapes import Gemm  # noqa: E402
+
+
+def test_contestants_run_in_turn_forwards_and_backwards():
+    ran = []
+
+    def contestant(name):
+        def start():
+            ran.append(name)
+            number = len(ran)
+            return lambda: float(number)
+
+        return start
+
+    seconds = _timing.interleave({name: contestant(name) for name in "AB"}, rounds=3)
+    assert "".join(ran) == "ABBAAB"
+    assert seconds == {"A": [1.0, 4.0, 5.0], "B": [2.0, 3.0, 6.0]}
+
+
+def test_ratios_are_of_pairs_so_a_slowing_clock_cancels():
+    ours, peer = [1.0, 2.0, 10.0, 3.0], [1.5, 3.0, 15.0, 4.5]
+    assert _timing.pairwise_ratio(peer, ours) == 1.5
+    # One disturbed round moves the median of the pairs by nothing.
+    assert _timing.pairwise_ratio([1.5, 3.0, 999.0, 4.5], ours) == 1.5
+    assert _timing.geometric_mean([2.0, 0.5, 1.0]) == pytest.approx(1.0)
+    with pytest.raises(ValueError):
+        _timing.pairwise_ratio([1.0], [1.0, 2.0])
+
+
+def test_wall_time_is_divided_by_calls_and_parts(monkeypatch):
+    clock = iter([10.0, 22.0])
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: next(clock))
+    called = []
+    reading = _timing.wall_contestant(lambda: called.append(0), calls=3, parts=2)()
+    assert (len(called), reading()) == (3, 2.0)
+
+
+def test_the_grid_and_its_bound():
+    grid = [Gemm(m, n, k) for n, k in shapes.GEMM_WEIGHTS for m in shapes.GEMM_ROWS]
+    assert len(set(grid)) == 60
+    h200 = shapes.peak_of("NVIDIA H200")
+    # Decoding waits for the weight, prefill for the tensor cores.
+    assert Gemm(1, 4096, 4096).bound(h200) == pytest.approx((4096**2 + 28676) / 4.8e12)
+    assert Gemm(8192, 8192, 8192).bound(h200) == pytest.approx(2 * 8192**3 / 1979e12)
+    assert Gemm.parse("16x64x32") == Gemm(16, 64, 32)
+    for wrong in ("16x64", "16x60x32", "0x64x32"):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            Gemm.parse(wrong)
+
+
+def test_weights_are_rotated_past_the_cache():
+    for n, k in shapes.GEMM_WEIGHTS:
+        assert shapes.copies_past_cache(n * k) * n * k >= 3 * 60e6
+    assert shapes.copies_past_cache(28672 * 4096) == 2
+    # 0.6 ms in a graph, twenty launches and every copy where they are short, four where long.
+    assert shapes.launches_for(4e-6, copies=42) == 42
+    assert shapes.launches_for(7e-6, copies=11) == 20
+    assert shapes.launches_for(100e-6, copies=2) == 6
+    assert shapes.launches_for(2e-3, copies=2) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth", "known"),
+    [
+        ("NVIDIA H200", 4.8e12, True),
+        ("NVIDIA GH200 480GB", 4.0e12, True),
+        ("NVIDIA H100 80GB HBM3", 3.35e12, True),
+        ("NVIDIA H100 PCIe", 2.0e12, True),
+        ("Something else", 4.8e12, False),
+    ],
+)
+def test_the_peak_is_the_gpus_own(name, bandwidth, known):
+    peak = shapes.peak_of(name)
+    assert (peak.bandwidth, peak.known) == (bandwidth, known)
+
+
+def test_the_tree_is_llama_3_8b():
+    sizes = shapes.llama_sizes()
+    assert len(sizes) == 32 * 7 + 1
+    assert sum(k * n for k, n in sizes.values()) == 7_504_658_432
+    # Two reads of 2 bytes, one write of 1, and a float32 scale for each output feature.
+    outputs = sum(n for _, n in sizes.values())
+    assert reload.bytes_moved(sizes) == 5 * 7_504_658_432 + 4 * outputs
+
+
+def test_ratios_compare_like_with_like():
+    seconds = {
+        "ours": [1.0, 1.0],
+        "cublaslt": [0.9, 1.1],
+        "ours_promoted": [2.0, 2.0],
+        "cublaslt_exact": [3.0, 3.0],
+        "kernel fast_a": [4.0, 4.0],
+        "kernel promoted_b": [1.0, 1.0],
+    }
+    assert gemm.ratios(seconds) == pytest.approx(
+        {
+            "cublaslt": 1.0,
+            "ours_promoted": 2.0,
+            "cublaslt_exact": 1.5,
+            "kernel fast_a": 4.0,
+            "kernel promoted_b": 0.5,
+        }
+    )
+    assert gemm.ratios({"cublaslt": [1.0]}) == {}  # ours was wrong, and not timed
+
+
+def test_the_summary_names_the_worst_shape():
+    rows = [
+        {"m": m, "n": 64, "k": 32, "ratios": r}
+        for m, r in ((1, {"cublaslt": 4.0}), (16, {"cublaslt": 0.25}), (32, {}))
+    ]
+    assert gemm.summarise(rows) == {
+        "cublaslt": {
+            "geometric_mean": pytest.approx(1.0),
+            "worst": 0.25,
+            "worst_shape": "16x64x32",
+            "shapes": 2,
+        }
+    }
+
+
+def event(name, start, duration):
+    return SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
+
+
+def profile(lines):
+    lines = [SimpleNamespace(name=name, events=events) for name, events in lines.items()]
+    return SimpleNamespace(planes=[SimpleNamespace(name="/device:GPU:0", lines=lines)])
+
+
+def test_busy_time_is_the_union_over_streams_and_bursts_are_told_apart():
+    ms = 1e6
+    first = [event("gemm", 0, 3 * ms), event("quantize", 4 * ms, ms)]
+    overlapping = [event("gemm", 2 * ms, 3 * ms)]  # on another stream, launched dependent
+    later = [event("gemm", 40 * ms, 2 * ms)]
+    modules = [event("jit_stack", 0, 100 * ms)]
+    events = _trace.device_events(
+        profile({"Stream #1(Compute)": later + first, "Stream #2": overlapping, "XLA": modules})
+    )
+    groups = [_trace.busy(group) for group in _trace.split(events, pause=0.02)]
+    assert [g.seconds for g in groups] == pytest.approx([5e-3, 2e-3])
+    assert dict(groups[0].kernels) == {"gemm": 2, "quantize": 1}
+
+
+def test_rounds_of_a_profile_go_to_their_contestants(monkeypatch):
+    def fake(runs, calls):
+        # Each burst is as long as the number its contestant gives.
+        return [_trace.Event("kernel", i * 1e9, i * 1e9 + run()) for i, run in enumerate(runs)]
+
+    monkeypatch.setattr(_trace, "_profile", fake)
+    busy = _trace.measure_busy({"a": lambda: 1e6, "b": lambda: 7e6}, rounds=3, calls=1)
+    assert [b.seconds for b in busy["a"]] == pytest.approx([1e-3] * 3)
+    assert [b.seconds for b in busy["b"]] == pytest.approx([7e-3] * 3)
+    monkeypatch.setattr(_trace, "_profile", lambda runs, calls: fake(runs, calls)[1:])
+    with pytest.raises(RuntimeError, match="5 separate bursts .* 6 contestants"):
+        _trace.measure_busy({"a": lambda: 1e6, "b": lambda: 7e6}, rounds=3, calls=1)
+
+
+@pytest.mark.filterwarnings("default")  # the profiler's own
+def test_a_profile_without_gpu_streams_is_an_error():
+    work = jax.jit(lambda: jnp.ones(4))
+    if jax.default_backend() == "cpu":
+        with pytest.raises(RuntimeError, match="no event on a GPU stream"):
+            _trace.measure_busy({"work": work}, rounds=1, calls=1)
+    else:
+        assert _trace.measure_busy({"work": work}, rounds=1, calls=1)["work"][0].seconds > 0
+
+
+def test_an_fp8_weight_that_is_moved_is_seen_in_the_program():
+    text = """
+  %p = f8e4m3fn[48,32]{1,0} parameter(0)
+  %b = f8e4m3fn[32,48]{1,0} bitcast(%s)
+  %c.1 = (bf16[5,48]{1,0}, f8e4m3fn[48,32]{1,0}) custom-call(%p), custom_call_target="ours_v1"
+  %t = f8e4m3fn[32,48]{1,0} transpose(%p), dimensions={1,0}
+  %s = f8e4m3fn[1,48,32]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
+  %x = f8e4m3fn[5,32]{1,0} convert(%a)
+  %c.2 = bf16[5,48]{1,0} custom-call(%q), custom_call_target="ours_v1"
+"""
+    assert _hlo.read(text, [(20, 44)]) == {
+        "custom_calls": {"ours_v1": 2},
+        "operations_on_fp8_weights": {"transpose": 1, "fusion": 1},
+    }
+
+
+def test_plain_text_where_rich_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    _report.print_table("Title", ["M", "x\ncuBLASLt"], [["1", ("1.05", "green")], ["128", "0.9"]])
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("Title") and "pip install rich" in title
+    assert lines == ["  M  x cuBLASLt", "  1        1.05", "128         0.9"]
+
+
+def test_the_source_hash_is_of_names_and_contents(tmp_path, monkeypatch):
+    source = tmp_path / "cuda" / "src" / "table.h"
+    source.parent.mkdir(parents=True)
+    monkeypatch.setattr(_report, "ROOT", tmp_path)
+    hashes = []
+    for content in ("a row", "another row", "a row"):
+        source.write_text(content)
+        hashes.append(_report.source_hash())
+    assert hashes[0] == hashes[2] != hashes[1]
