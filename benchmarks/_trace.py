@@ -41,10 +41,12 @@ class Busy:
     Attributes:
         seconds: during which at least one kernel, copy or fill ran.
         kernels: how many of each name ran.
+        seconds_of: how long all of a name took together.
     """
 
     seconds: float
     kernels: collections.Counter[str]
+    seconds_of: collections.Counter[str]
 
 
 def measure_busy(
@@ -96,7 +98,10 @@ def busy(events: list[Event]) -> Busy:
     for event in sorted(events, key=lambda e: e.start):
         total += max(0.0, event.end - max(event.start, end))
         end = max(end, event.end)
-    return Busy(1e-9 * total, collections.Counter(event.name for event in events))
+    seconds_of: collections.Counter[str] = collections.Counter()
+    for event in events:
+        seconds_of[event.name] += 1e-9 * (event.end - event.start)
+    return Busy(1e-9 * total, collections.Counter(e.name for e in events), seconds_of)
 
 
 def device_events(profile: Any) -> list[Event]:

@@ -105,7 +105,7 @@ def measure(
     }
     seconds = {"wall": interleave(walls, rounds), "busy": {}}
     kernels: dict[str, float] = {}
-    largest: dict[str, dict[str, float]] = {}
+    largest: dict[str, dict[str, dict[str, float]]] = {}
     if trace:
         calls = {c.name: c.call for c in contestants}
         busy = _trace.measure_busy(calls, TRACE_ROUNDS, TRACE_CALLS)
@@ -113,8 +113,13 @@ def measure(
             parts = TRACE_CALLS * c.layers
             seconds["busy"][c.name] = [b.seconds / parts for b in busy[c.name]]
             kernels[c.name] = statistics.median(b.kernels.total() / parts for b in busy[c.name])
-            names = busy[c.name][0].kernels
-            largest[c.name] = {name[:120]: n / parts for name, n in names.most_common(8)}
+            largest[c.name] = {
+                name[:400]: {
+                    "launches": busy[c.name][0].kernels[name] / parts,
+                    "microseconds": 1e6 * seconds / parts,
+                }
+                for name, seconds in busy[c.name][0].seconds_of.most_common(8)
+            }
     rows = []
     for block in dict.fromkeys(c.block for c in contestants):
         own = {c.kind: c for c in contestants if c.block == block}
@@ -143,7 +148,7 @@ def measure(
                     if c.block == contestants[-1].block and c.block != block
                 }
         row["kernels"] = {kind: kernels.get(c.name) for kind, c in own.items()}
-        row["kernel_names"] = {kind: largest.get(c.name) for kind, c in own.items()}
+        row["largest_kernels"] = {kind: largest.get(c.name) for kind, c in own.items()}
         row["hlo"] = {kind: c.hlo for kind, c in own.items()}
         rows.append(row)
     return rows

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfp8.padded import Layout, pad_quantized
-from jaxfp8.quantize import MIN_SCALE, cast_to_fp8, scale_from_amax
+from jaxfp8.quantize import MIN_SCALE, absolute_maximum, cast_to_fp8, scale_from_amax
 
 
 if TYPE_CHECKING:
@@ -41,19 +41,6 @@ def _valid_scale(scale: Float32[Array, "*s"]) -> Bool[Array, ""]:
     return jnp.all(jnp.isfinite(scale) & (scale >= MIN_SCALE))
 
 
-def max_magnitude(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float32[Array, "*s"]:
-    """`max(abs(x))` along `axis`, NaN wherever there is one.
-
-    On the bits: for floats without a sign the order of the integers is that of the values, with
-    infinity and then NaN on top. A float maximum is not enough, since XLA's CPU code of jax 0.10.2
-    drops a NaN in reductions of 4096 elements and more.
-    """
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) & 0x7FFFFFFF
-    largest = jnp.max(bits, axis=axis, initial=0)
-    amax = jax.lax.bitcast_convert_type(largest, jnp.float32)
-    return jnp.where(jnp.isnan(amax), jnp.float32(jnp.nan), amax)
-
-
 @dataclasses.dataclass(frozen=True)
 class Quantize:
     """A float weight into a padded kernel; the scale is computed from the weight."""
@@ -69,8 +56,8 @@ class Quantize:
     def measure(self, weight: Float[Array, "*stack A B"]) -> tuple[Carry, Bool[Array, " flags"]]:
         """The scale, and whether the weight is finite: the maximum of |w| tells both."""
         in_axis = -2 if self.layout == "in_out" else -1
-        axes = in_axis if self.per_channel else (-2, -1)
-        amax = max_magnitude(weight, axes)
+        axes = (in_axis,) if self.per_channel else (-2, -1)
+        amax = jnp.squeeze(absolute_maximum(weight.astype(jnp.float32), axes), axes)
         return (scale_from_amax(amax),), _flags(_all_finite(amax))
 
     def convert(self, carry: Carry, weight: Float[Array, "*stack A B"]) -> tuple[Any, ...]:

@@ -191,7 +191,8 @@ def _call(target: str, results: list[tuple], operands: list[jax.Array], **attrib
     # Under shard_map all operands must vary over the same mesh axes, and the results are typed as
     # varying over none; both are said here. Outside shard_map the sets are empty.
     def varying(a: jax.Array) -> frozenset:
-        return getattr(jax.typeof(a), "vma", frozenset())
+        aval = jax.typeof(a)  # jax 0.10 renamed vma
+        return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
 
     axes = tuple(sorted(frozenset().union(*map(varying, operands))))
 

@@ -43,10 +43,11 @@ def scaled_matmul(
 ) -> Float[Array, "M N"]:
     """`activation(lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)` in float32, rounded once.
 
-    `promoted` changes nothing here: the accumulator is float32 either way.
+    On a CPU the accumulator is float32 either way. On a GPU XLA may see through the casts and take
+    an FP8 product of cuBLASLt's, which it accumulates fast at DEFAULT precision alone.
     """
-    del promoted
-    y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16))
+    precision = lax.Precision.HIGHEST if promoted else lax.Precision.DEFAULT
+    y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), precision)
     y = lhs_scale * (rhs_scale * y)
     if bias is not None:
         y = y + bias
@@ -86,9 +87,17 @@ def dense(
     return y[:, :out_features]
 
 
-def contract(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float32[Array, "M N"]:
+def contract(
+    a: Float[Array, "M K"], b: Float[Array, "N K"], precision: lax.Precision | None = None
+) -> Float32[Array, "M N"]:
     """`a @ b.T` accumulated in float32, neither operand transposed in memory."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def pad_last(x: Array, size: int) -> Array:

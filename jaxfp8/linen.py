@@ -138,7 +138,9 @@ class PaddedFP8Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         if self.static_x_scale:
-            x_scale = self.param("x_scale", nn.initializers.ones_init(), (), jnp.float32)
+            # A variable, not a param: Flax numbers its keys by params, also under nn.scan, and the
+            # kernels drawn must not depend on it.
+            x_scale = self.variable("params", "x_scale", jnp.ones, (), jnp.float32).value
         return kernel, bias, x_scale
 
     def _float_params(self, in_features: int) -> tuple[Any, Any]:

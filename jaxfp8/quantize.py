@@ -93,6 +93,7 @@ def scale_from_amax(amax: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     infinity stay: such a row has no scale, and its results must say so.
     """
     scale = amax * INV_FP8_MAX
+    scale = jnp.where(jnp.isnan(scale), jnp.float32(jnp.nan), scale)  # one pattern everywhere
     return jnp.where(scale < MIN_SCALE, jnp.float32(1.0), scale)
 
 
@@ -101,8 +102,9 @@ def cast_to_fp8(
 ) -> Float8e4m3fn[Array, "*shape"]:
     """Saturating cast of `x / scale`, `scale` broadcast against `x`.
 
-    A finite value outside ±448 becomes ±448 (a plain JAX cast makes it NaN past 464); NaN and
-    infinity in `x`, or a scale that is not finite, give NaN, never ±448.
+    A finite value outside ±448 becomes ±448 (a plain JAX cast makes it NaN past 464). NaN and
+    infinity in `x`, or a NaN scale, give NaN, never ±448. Under an infinite scale what is finite
+    becomes 0: that slice is NaN once it is multiplied by its scale again.
     """
     x = x.astype(jnp.float32)
     scaled = x * reciprocal(scale)

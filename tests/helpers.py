@@ -245,8 +245,3 @@ def dense_product(x: jax.Array, kernel: PaddedKernel) -> tuple[Product, jax.Arra
 def cuda_text(f: Any, *args: Any) -> str:
     """The StableHLO of `f` lowered for CUDA, which needs no GPU."""
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def custom_calls(f: Any, *args: Any) -> int:
-    """How many of our custom calls a program makes on CUDA."""
-    return cuda_text(f, *args).count("stablehlo.custom_call @jaxfp8_")

@@ -159,7 +159,7 @@ def test_busy_time_is_the_union_over_streams_and_bursts_are_told_apart():
 
 
 def test_rounds_of_a_profile_go_to_their_contestants(monkeypatch):
-    def fake(runs, calls):
+    def fake(runs, calls, pause):
         # Each burst is as long as the number its contestant gives.
         return [_trace.Event("kernel", i * 1e9, i * 1e9 + run()) for i, run in enumerate(runs)]
 
@@ -167,7 +167,7 @@ def test_rounds_of_a_profile_go_to_their_contestants(monkeypatch):
     busy = _trace.measure_busy({"a": lambda: 1e6, "b": lambda: 7e6}, rounds=3, calls=1)
     assert [b.seconds for b in busy["a"]] == pytest.approx([1e-3] * 3)
     assert [b.seconds for b in busy["b"]] == pytest.approx([7e-3] * 3)
-    monkeypatch.setattr(_trace, "_profile", lambda runs, calls: fake(runs, calls)[1:])
+    monkeypatch.setattr(_trace, "_profile", lambda *arguments: fake(*arguments)[1:])
     with pytest.raises(RuntimeError, match="5 separate bursts .* 6 contestants"):
         _trace.measure_busy({"a": lambda: 1e6, "b": lambda: 7e6}, rounds=3, calls=1)
 

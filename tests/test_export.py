@@ -1,4 +1,4 @@
-"""`jax.export` for CPU and CUDA in one artefact, with symbolic rows, from a machine without a GPU."""
+"""`jax.export` for CPU and CUDA in one artefact, with symbolic rows, and no GPU needed."""
 
 import functools
 

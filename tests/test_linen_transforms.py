@@ -227,3 +227,30 @@ def test_initialised_and_applied_on_a_mesh():
     plain = PaddedFP8Dense(10, kernel_init=LECUN)
     got = jax.jit(layer.apply)(params, X)
     np.testing.assert_allclose(got, plain.apply(plain.init(KEY, X), X), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float8_e4m3fn, jnp.float32])
+def test_a_static_scale_changes_no_initial_kernel_under_scan(param_dtype):
+    def scanned(static_x_scale: bool):
+        class Stack(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                scan = nn.scan(
+                    lambda layer, x, _: (layer(x), None),
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    length=3,
+                )
+                layer = PaddedFP8Dense(
+                    20, static_x_scale=static_x_scale, param_dtype=param_dtype, name="layer"
+                )
+                return scan(layer, x, None)[0]
+
+        return Stack().init(jax.random.key(0), jnp.ones((2, 20)))["params"]["layer"]
+
+    with_scale, without = scanned(True), scanned(False)
+    assert ("x_scale" in with_scale) == (param_dtype == jnp.float8_e4m3fn)
+    for a, b in zip(
+        jax.tree.leaves(with_scale["kernel"]), jax.tree.leaves(without["kernel"]), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

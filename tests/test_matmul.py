@@ -39,7 +39,7 @@ def test_scaled_matmul_to_every_dtype(out_dtype, activation, precision, implemen
     m, n, k = 37, 208, 336
     lhs, rhs = quantized_randn(rng, (m, k)), quantized_randn(rng, (n, k))
     # Results of about 1, where the activations bend and half precision is fine.
-    lhs_scale, rhs_scale = random_scales(rng, (m, 1)) / 8, random_scales(rng, (n,)) / 8
+    lhs_scale, rhs_scale = random_scales(rng, (m, 1)), random_scales(rng, (n,))
     bias = rng.standard_normal(n, np.float32)
     product = Product.of(lhs, rhs)
     for scales in [(lhs_scale, rhs_scale), (lhs_scale[0, 0], rhs_scale[0])]:
@@ -181,7 +181,8 @@ def test_activations_of_what_is_not_finite(activation, implementation):
     minus = {None: -np.inf, "relu": 0.0}.get(activation, np.nan)
     big = {None: -1.0}.get(activation, 0.0)
     want = np.array([np.nan, np.inf, minus, 3e38, big * 3e38, 1e20, big * 1e20], np.float32)
-    np.testing.assert_array_equal(np.asarray(y)[0, :7], want)
+    # A division on the GPU is good to two units; equal_nan, and infinities must be the same.
+    np.testing.assert_allclose(np.asarray(y)[0, :7], want, rtol=2**-21)
 
 
 @implementations

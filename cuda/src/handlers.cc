@@ -7,10 +7,14 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
+#include <set>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <utility>
 
+#include "ffi_checks.h"
 #include "gemm.h"
 #include "quantize.h"
 #include "table.h"
@@ -20,26 +24,6 @@ namespace jaxfp8 {
 namespace ffi = xla::ffi;
 
 namespace {
-
-std::string shape_of(ffi::AnyBuffer const& buffer) {
-  std::ostringstream text;
-  text << buffer.element_type() << '[';
-  char const* separator = "";
-  for (int64_t size : buffer.dimensions()) {
-    text << separator << size;
-    separator = ",";
-  }
-  text << ']';
-  return text.str();
-}
-
-template <class... Parts>
-ffi::Error refuse(Parts const&... parts) {
-  std::ostringstream text;
-  text << "jaxfp8: ";
-  (text << ... << parts);
-  return ffi::Error::InvalidArgument(text.str());
-}
 
 // XLA's device becomes the current one for a scope, and the caller's comes back after it.
 class OnDevice {
@@ -57,31 +41,6 @@ class OnDevice {
  private:
   int previous_ = 0, device_ = 0;
 };
-
-bool is_matrix(ffi::AnyBuffer const& b, ffi::DataType type) {
-  return b.element_type() == type && b.dimensions().size() == 2;
-}
-
-// A float32 operand of no axes, or of `size` elements along one of its `rank` axes.
-bool is_scale(ffi::AnyBuffer const& b, int64_t size, size_t rank) {
-  if (b.element_type() != ffi::F32) return false;
-  if (b.dimensions().size() == 0) return true;
-  return b.dimensions().size() == rank && static_cast<int64_t>(b.element_count()) == size;
-}
-
-bool is_vector_or_empty(ffi::AnyBuffer const& b, int64_t size) {
-  if (b.element_type() != ffi::F32) return false;
-  auto const count = static_cast<int64_t>(b.element_count());
-  return count == 0 || (b.dimensions().size() == 1 && count == size);
-}
-
-bool find_out(ffi::DataType type, Out* out) {
-  if (type == ffi::BF16) *out = Out::kBF16;
-  else if (type == ffi::F16) *out = Out::kF16;
-  else if (type == ffi::F32) *out = Out::kF32;
-  else return false;
-  return true;
-}
 
 ffi::Error check_gemm(GemmProblem const& p, Choice choice, int forced) {
   auto const describe = [&] {
@@ -107,16 +66,25 @@ ffi::Error failed(char const* what, GemmProblem const& p, Choice choice, char co
                 " kernel=", spec_of(choice.kernel).name);
 }
 
-// Once for each kernel and device, outside of capture: XLA's Initialize stage.
+// With JAXFP8_PRINT_KERNEL set, each shape's kernel, once.
+void print_choice(GemmProblem const& p, Choice choice) {
+  static bool const wanted = std::getenv("JAXFP8_PRINT_KERNEL") != nullptr;
+  if (!wanted) return;
+  static std::mutex mutex;
+  static std::set<std::tuple<int, int, int, int>> printed;
+  std::lock_guard<std::mutex> const lock(mutex);
+  if (printed.insert({p.m, p.n, p.k, static_cast<int>(choice.kernel)}).second) {
+    std::fprintf(stderr, "jaxfp8: M=%d N=%d K=%d -> %s, swizzle %d\n", p.m, p.n, p.k,
+                 spec_of(choice.kernel).name, choice.swizzle);
+  }
+}
+
+// Before every execution and outside of capture: XLA's Initialize stage.
 ffi::Error prepare_gemm(GemmProblem const& p, Choice choice, Out out) {
   if (char const* why = gemm_prepare(choice.kernel, out)) {
     return failed("preparing the kernel", p, choice, why);
   }
-  static bool const print = std::getenv("JAXFP8_PRINT_KERNEL") != nullptr;
-  if (print) {
-    std::fprintf(stderr, "jaxfp8: M=%d N=%d K=%d -> %s, swizzle %d\n", p.m, p.n, p.k,
-                 spec_of(choice.kernel).name, choice.swizzle);
-  }
+  print_choice(p, choice);
   return ffi::Error::Success();
 }
 
@@ -191,10 +159,9 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   int64_t const m = x.dimensions()[0], k = x.dimensions()[1], n = out_features;
   int64_t const n_pad = qvalue.dimensions()[0], k_pad = qvalue.dimensions()[1];
   if (k < 1 || k > k_pad || n < 1 || n > n_pad || out->dimensions()[0] != m ||
-      out->dimensions()[1] != n ||
-      qx->dimensions()[0] != m || qx->dimensions()[1] != k_pad ||
+      out->dimensions()[1] != n || qx->dimensions()[0] != m || qx->dimensions()[1] != k_pad ||
       static_cast<int64_t>(qx_scale->element_count()) != m || !is_scale(scale, n_pad, 1) ||
-      !is_vector_or_empty(bias, n) || !is_vector_or_empty(x_scale, 1) || m > kMaxSize ||
+      !is_vector_or_empty(bias, n) || !is_scalar_or_empty(x_scale) || m > kMaxSize ||
       n_pad > kMaxSize || k_pad > kMaxSize) {
     return refuse("shapes do not fit: x ", shape_of(x), ", qvalue ", shape_of(qvalue), ", scale ",
                   shape_of(scale), ", bias ", shape_of(bias), ", x_scale ", shape_of(x_scale),

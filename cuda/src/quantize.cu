@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       amax = __reduce_max_sync(0xffffffffu, lane < warps ? mine[lane] : 0u);
     }
     row_scale = __fmul_rn(__uint_as_float(amax), kInvFp8Max);
-    if (row_scale < kMinScale) row_scale = 1.f;  // false for NaN, which stays
+    if (row_scale < kMinScale) row_scale = 1.f;  // false for NaN, which stays,
+    if (isnan(row_scale)) row_scale = __uint_as_float(0x7fc00000u);  // in numpy's pattern
   }
   float const reciprocal = __fdiv_rn(1.f, row_scale);
   if (!active) return;

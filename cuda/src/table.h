@@ -15,36 +15,41 @@ struct Row {
   int swizzle;  // tiles in a group walked together, for L2 reuse of the shared operand
 };
 
-// Evidence: H200, 2026-11-22, CUDA-graph replay, weights rotated past the L2, 60 shapes, fifty
-// candidates. The last column is (best candidate's time / this kernel's), over the shapes of the
-// row. Where a second kernel is named, it is the runner-up among those compiled.
+// Evidence: one H200, 2026-11-22, `python -m benchmarks gemm --kernels all`: CUDA-graph replay,
+// interleaved, weights rotated past the L2, 60 shapes, dependent launch where the layer uses it.
+// The last column: (time of the runner-up named / this kernel's) at the shapes of the row.
 inline constexpr Row kTable[] = {
     // clang-format off
     // accumulation      M     N from    to    K from  kernel                               swizzle
-    {Accumulation::kFast, 16, 16384, kAny, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},    // 1.00; ws 0.93
-    {Accumulation::kFast, 16, 0, kAny, 0, Kernel::fast_swap_ws_64x16x256_1x1, 1},        // 0.99-1.00; ws 64x32 0.76-0.95
-    {Accumulation::kFast, 32, 16384, kAny, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},    // 0.98; ws 0.95
-    {Accumulation::kFast, 32, 0, kAny, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // 0.99-1.00; pp 0.86-0.97
-    {Accumulation::kFast, 64, 0, 3584, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // 1.00; pp 0.91-0.94
-    {Accumulation::kFast, 64, 6144, 16383, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},    // 1.00; 64x32 0.98
-    {Accumulation::kFast, 64, 0, kAny, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},        // 1.00; 64x64 0.91-0.97
-    {Accumulation::kFast, 128, 0, 2048, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},       // 1.00; 64x64x128 0.93
-    {Accumulation::kFast, 128, 0, 6143, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 0.98-1.00; 64x64x256 0.97-1.00
-    {Accumulation::kFast, 128, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // 0.99-1.00; 128x128 0.85-1.00
-    {Accumulation::kFast, 256, 0, 2048, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},       // 0.99; 64x64x128 0.96
-    {Accumulation::kFast, 256, 0, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 1.00; 64x128 2x1 0.93-0.95
-    {Accumulation::kFast, 256, 0, 16383, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 0.99; swapped 64x128 0.91
-    {Accumulation::kFast, 256, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // 0.96; 128x128 1x2 0.93
-    {Accumulation::kFast, 512, 0, 2048, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // 0.96; 128x128 0.77
-    {Accumulation::kFast, 512, 16384, kAny, 0, Kernel::fast_pp_128x128x128_1x2, 4},      // 1.00; 1x1 0.98
-    {Accumulation::kFast, 2048, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 0.96-1.00; 128x256 0.57-0.99
-    {Accumulation::kFast, kAny, 0, 2048, 0, Kernel::fast_pp_128x128x128_1x2, 1},         // 1.00; 1x1 0.93-0.96
-    {Accumulation::kFast, kAny, 6144, 16383, 6144, Kernel::fast_coop_128x256x128_2x1, 4},// 1.00; 128x128 0.94-0.95
-    {Accumulation::kFast, kAny, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 4},         // 0.99-1.00; 128x256 0.81-1.00
+    {Accumulation::kFast, 16, 16384, kAny, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},    // ws 1.07-1.10
+    {Accumulation::kFast, 16, 3585, 6143, 8192, Kernel::fast_swap_ws_64x16x256_1x1, 1},  // pp 2x1 0.98-1.04
+    {Accumulation::kFast, 16, 3585, 6143, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},     // ws 1.03-1.07
+    {Accumulation::kFast, 16, 0, kAny, 0, Kernel::fast_swap_ws_64x16x256_1x1, 1},        // pp 2x1 1.00-1.03
+    {Accumulation::kFast, 32, 0, 2048, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},        // ws 64x32 1.08
+    {Accumulation::kFast, 32, 0, 3584, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // pp 64x32 1.05
+    {Accumulation::kFast, 32, 0, kAny, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},        // ws 64x32 0.99-1.08
+    {Accumulation::kFast, 64, 0, 3584, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // pp 64x32 1.00-1.02
+    {Accumulation::kFast, 64, 0, kAny, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},        // 64x32 1.07-1.19
+    {Accumulation::kFast, 128, 0, 2048, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},       // ws 64x32 1.02, 64x64 1.04-1.08
+    {Accumulation::kFast, 128, 0, 3584, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},       // 64x64x128 1.04
+    {Accumulation::kFast, 128, 0, 6143, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.10-1.17
+    {Accumulation::kFast, 128, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 1.01-1.02
+    {Accumulation::kFast, 256, 0, 2048, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},       // 64x64x128 1.01
+    {Accumulation::kFast, 256, 6144, 16383, 0, Kernel::fast_pp_128x128x128_1x1, 1},      // swapped 64x128 1.01
+    {Accumulation::kFast, 256, 0, kAny, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1 1.03-1.05
+    {Accumulation::kFast, 512, 0, 6143, 8192, Kernel::fast_pp_128x128x128_1x1, 1},       // swapped 64x128 1.02
+    {Accumulation::kFast, 512, 0, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1, 128x128 1.04-1.06
+    {Accumulation::kFast, 512, 16384, kAny, 0, Kernel::fast_pp_128x128x128_1x2, 4},      // 1x1 0.98-1.02
+    {Accumulation::kFast, 2048, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 128x256 1.00-1.5
+    {Accumulation::kFast, kAny, 0, 2048, 0, Kernel::fast_pp_128x128x128_1x2, 1},         // 1x1 1.0-1.07
+    {Accumulation::kFast, kAny, 6144, 16383, 6144, Kernel::fast_coop_128x256x128_2x1, 4},// 128x128 0.94-1.16: power decides
+    {Accumulation::kFast, kAny, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 4},         // 1x2 0.99-1.02
 
-    {Accumulation::kPromoted, 128, 0, kAny, 0, Kernel::promoted_swap_pp_64x32x128_1x1, 1}, // not in the sweep: two CTAs an SM's worth of tiles where 128x128 has 32
-    {Accumulation::kPromoted, 3072, 0, kAny, 0, Kernel::promoted_coop_128x128x128_2x1, 1}, // best of the promoted below M = 4096
-    {Accumulation::kPromoted, kAny, 0, kAny, 0, Kernel::promoted_coop_128x192x128_2x1, 1}, // best of the promoted at and above
+    {Accumulation::kPromoted, 64, 0, kAny, 0, Kernel::promoted_swap_pp_64x32x128_1x1, 1},    // 128x128 1.5-2.2
+    {Accumulation::kPromoted, 128, 0, 6143, 0, Kernel::promoted_swap_pp_64x32x128_1x1, 1},   // 128x128 1.1-1.8
+    {Accumulation::kPromoted, kAny, 16384, kAny, 0, Kernel::promoted_coop_128x192x128_2x1, 1}, // 128x128 1.05-1.12
+    {Accumulation::kPromoted, 3072, 0, kAny, 0, Kernel::promoted_coop_128x128x128_2x1, 1},   // 128x192 0.99-1.31
+    {Accumulation::kPromoted, kAny, 0, kAny, 0, Kernel::promoted_coop_128x192x128_2x1, 1},   // 128x128 1.00-1.13
     // clang-format on
 };
 

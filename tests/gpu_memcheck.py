@@ -1,0 +1,78 @@
+"""Every kernel on odd sizes, each buffer an allocation of its own, for compute-sanitizer.
+
+Run by `test_gpu_memory.py`, which sets XLA_PYTHON_CLIENT_ALLOCATOR=platform: otherwise buffers lie
+in one large pool, and an access past the end of one hits the next unseen.
+"""
+
+import os
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from direct_calls import FROM_TABLE, dense, kernel_name, kernels, matmul
+
+from jaxfp8 import PaddedKernel
+from jaxfp8.padded import padded_size
+
+
+assert os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform", (
+    "run it as test_gpu_memory.py does"
+)
+RNG = np.random.default_rng(0)
+# (M, N, K): a single element, less than a tile, a little more than one, and odd everywhere.
+SCALED = [(1, 16, 16), (67, 208, 144), (33, 45, 80)]
+DENSE = [(1, 1, 1, np.float32), (3, 45, 33, ml_dtypes.bfloat16), (131, 259, 515, np.float16)]
+OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def fp8(*shape):
+    return RNG.standard_normal(shape, np.float32).astype(ml_dtypes.float8_e4m3fn)
+
+
+def vector(*shape):
+    return RNG.uniform(0.5, 2, shape).astype(np.float32)
+
+
+def padded(n, k):
+    """A PaddedKernel made on the host, so that nothing but the custom call is compiled."""
+    qvalue = np.zeros((padded_size(n), padded_size(k)), ml_dtypes.float8_e4m3fn)
+    qvalue[:n, :k] = fp8(n, k)
+    scale = np.ones(padded_size(n), np.float32)
+    scale[:n] = vector(n)
+    return PaddedKernel(qvalue, scale, k, n)
+
+
+def check(y, *case):
+    assert np.isfinite(np.asarray(y, np.float32)).all(), case
+
+
+def main():
+    calls = 0
+    for kernel in (*kernels(), FROM_TABLE):
+        # Every kernel with every result type, over the sizes in turn: compilation takes most time.
+        for i, out_dtype in enumerate(OUT_DTYPES):
+            options = dict(kernel=kernel, out_dtype=out_dtype)
+            m, n, k = SCALED[i % len(SCALED)]
+            scales = (vector(m, 1), vector(n)) if i else (vector(), vector())
+            bias = vector(n) if i % 2 else None
+            check(
+                matmul(fp8(m, k), fp8(n, k), *scales, bias, activation="gelu", **options), kernel, n
+            )
+            m, n, k, dtype = DENSE[i % len(DENSE)]
+            x = RNG.standard_normal((m, k), np.float32).astype(dtype)
+            y, qx, scale = dense(x, padded(n, k), vector(n), activation="silu", **options)
+            check(y, kernel_name(kernel), m, n, k)
+            check(qx, kernel_name(kernel), m, n, k)
+            check(scale, kernel_name(kernel), m, n, k)
+            calls += 2
+    # The quantize kernel's other ways: long rows, each alignment of a row, a static scale.
+    for k, dtype in ((70001, np.float32), (70004, ml_dtypes.bfloat16), (9000, np.float16)):
+        for x_scale in (None, np.float32(0.01)):
+            x = RNG.standard_normal((3, k), np.float32).astype(dtype)
+            check(dense(x, padded(5, k), x_scale=x_scale)[0], k)
+            calls += 1
+    print(f"OK {calls} calls")
+
+
+if __name__ == "__main__":
+    main()

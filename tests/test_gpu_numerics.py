@@ -1,0 +1,243 @@
+"""The kernels one by one: right, and bitwise independent of batch, tile and position."""
+
+import contextlib
+import functools
+
+import direct_calls
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from direct_calls import FROM_TABLE, kernel_name, kernels
+from helpers import Product, dense_product, quantized_randn, randn, random_scales
+
+from jaxfp8 import PaddedKernel, fp8_dense, scaled_matmul
+
+
+pytestmark = pytest.mark.gpu
+ACCUMULATIONS = ["fast", "promoted"]
+OUT_DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
+accumulations = pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+out_dtypes = pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=lambda d: d.__name__)
+ROWS = (1, 2, 16, 17, 64, 65, 128, 300, 1024, 4096)
+OFFSET = 5
+
+
+@functools.cache
+def scaled_operands(m, n, k):
+    rng = np.random.default_rng(0)
+    lhs, rhs = quantized_randn(rng, (m, k)), quantized_randn(rng, (n, k))
+    # Results of about 1, where the activations bend.
+    size = np.float32(13 / np.sqrt(k))
+    scales = random_scales(rng, (m, 1)), random_scales(rng, (n,)) * size
+    bias = rng.standard_normal(n, np.float32)
+    return *map(jnp.asarray, (lhs, rhs, *scales, bias)), Product.of(lhs, rhs)
+
+
+@out_dtypes
+@accumulations
+@pytest.mark.parametrize("n", [432, 413], ids=["rows of 16 bytes", "any row"])
+def test_every_kernel_of_scaled_matmul(n, accumulation, out_dtype):
+    """Odd M, K past the last whole tile, each activation and each kind of scale and bias.
+
+    TMA stores rows that are a multiple of 16 bytes; others are stored from registers.
+    """
+    lhs, rhs, per_token, per_channel, bias, product = scaled_operands(77, n, 1040)
+    epilogues = [((per_token, per_channel, bias), a) for a in (None, "relu", "gelu", "silu")]
+    epilogues += [
+        ((lhs_scale, rhs_scale, None), None)
+        for lhs_scale in (per_token, per_token[0, 0])
+        for rhs_scale in (per_channel, per_channel[0])
+    ]
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def every(lhs, rhs, operands, kernel):
+        return [
+            direct_calls.matmul(
+                lhs, rhs, *rest, kernel=kernel, activation=activation, out_dtype=out_dtype
+            )
+            for rest, (_, activation) in zip(operands, epilogues, strict=True)
+        ]
+
+    for kernel in kernels(accumulation):
+        results = every(lhs, rhs, [rest for rest, _ in epilogues], kernel)
+        for y, (rest, activation) in zip(results, epilogues, strict=True):
+            with naming(kernel):
+                product.check(y, *rest, activation=activation, kind=accumulation)
+
+
+@out_dtypes
+@accumulations
+def test_every_kernel_of_dense(accumulation, out_dtype):
+    """Logical N and K, neither a multiple of anything."""
+    m, n, k = 77, 413, 1037
+    x = randn(0, (m, k), out_dtype)
+    bias = randn(1, (n,))
+    w = randn(2, (k, n)) / np.sqrt(k)
+    weights = [PaddedKernel.from_dense(w, per_channel=per_channel) for per_channel in (True, False)]
+    references = [dense_product(x, weight) for weight in weights]
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def every(x, weights, bias, kernel):
+        return [
+            [
+                direct_calls.dense(x, w, b, kernel=kernel, out_dtype=out_dtype)[0]
+                for b in (bias, None)
+            ]
+            for w in weights
+        ]
+
+    for kernel in kernels(accumulation):
+        results = every(x, weights, bias, kernel)
+        for ys, (product, *scales) in zip(results, references, strict=True):
+            for y, b in zip(ys, (bias, None), strict=True):
+                with naming(kernel):
+                    product.check(y, *scales, b, kind=accumulation)
+
+
+@contextlib.contextmanager
+def naming(kernel):
+    """Say in a failure which kernel it was."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{kernel_name(kernel)}: {error}") from None
+
+
+def same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
+    integer = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=integer)
+    return jnp.array_equal(cast(a), cast(b))
+
+
+def check_rows(f, every_kernel, rows, shared):
+    """`f(*rows, *shared, kernel=)` on cuts of the rows gives cuts of its result, bit for bit.
+
+    Two cuts of every length, compiled together and compared on the GPU.
+    """
+    cuts = [(offset, m) for offset in (0, OFFSET) for m in ROWS]
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def compare(rows, shared, want, kernel):
+        return [
+            same_bits(f(*(a[o : o + m] for a in rows), *shared, kernel=kernel), want[o : o + m])
+            for o, m in cuts
+        ]
+
+    want = f(*rows, *shared, kernel=every_kernel[0])
+    for kernel in every_kernel:
+        same = compare(rows, shared, want, kernel)
+        differing = [cut for cut, s in zip(cuts, same, strict=True) if not s]
+        assert differing == [], f"{kernel_name(kernel)}: cuts (offset, M) with other bits"
+
+
+@out_dtypes
+@accumulations
+def test_rows_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype):
+    """Bitwise, cut from one x at two places, by every kernel and by the table (invariant 4)."""
+    total = max(ROWS) + OFFSET
+    lhs, rhs, per_token, per_channel, bias, _ = scaled_operands(total, 3424, 1296)
+    options = dict(activation="gelu", out_dtype=out_dtype, promoted=accumulation == "promoted")
+
+    def f(lhs, lhs_scale, rhs, rhs_scale, bias, kernel):
+        return direct_calls.matmul(lhs, rhs, lhs_scale, rhs_scale, bias, kernel=kernel, **options)
+
+    check_rows(f, [*kernels(accumulation), FROM_TABLE], (lhs, per_token), (rhs, per_channel, bias))
+
+
+@out_dtypes
+@accumulations
+def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype):
+    n, k = 3420, 1283
+    x, bias = randn(3, (max(ROWS) + OFFSET, k), jnp.bfloat16), randn(4, (n,))
+    weight = PaddedKernel.from_dense(randn(5, (k, n)) / np.sqrt(k))
+    options = dict(activation="silu", out_dtype=out_dtype, promoted=accumulation == "promoted")
+
+    def f(x, weight, bias, kernel):
+        y, qx, scale = direct_calls.dense(x, weight, bias, kernel=kernel, **options)
+        # The scratch as well: rows are quantized on their own.
+        wide = qx.astype(jnp.float32), scale[:, None]
+        return jnp.concatenate([y.astype(jnp.float32), *wide], axis=1)
+
+    check_rows(f, [*kernels(accumulation), FROM_TABLE], (x,), (weight, bias))
+
+
+@pytest.mark.parametrize("m", [16, 256])
+@pytest.mark.parametrize("k", [4096, 16384])
+def test_coherent_sums_tell_fast_from_promoted(k, m):
+    """All terms positive, so that no loss in the tensor core is made up for by another.
+
+    Simulated at K = 4096 (test_tolerances.py): fast 6.7e-2, promoted 6.0e-4; for a Gram matrix an
+    H200 gave 3.4e-2 and, with bfloat16's own 1.7e-3, 1.8e-3.
+    """
+    rng = np.random.default_rng(6)
+    lhs, rhs = (np.abs(quantized_randn(rng, s).astype(np.float32)) for s in ((m, k), (512, k)))
+    lhs, rhs = (jnp.asarray(a).astype(jnp.float8_e4m3fn) for a in (lhs, rhs))
+    want = np.asarray(Product.of(lhs, rhs).dot)
+    error = {}
+    for precision in ("default", "highest"):
+        y = scaled_matmul(
+            lhs,
+            rhs,
+            1.0,
+            1.0,
+            out_dtype=jnp.float32,
+            precision=precision,
+            implementation="cutlass",
+        )
+        error[precision] = np.linalg.norm(np.asarray(y) - want) / np.linalg.norm(want)
+    assert error["highest"] < 2e-3
+    assert error["default"] > 1e-2
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+@pytest.mark.parametrize("k", [4096, 16384])
+def test_independent_sums_are_fine_either_way(k, precision):
+    rng = np.random.default_rng(7)
+    lhs, rhs = quantized_randn(rng, (200, k)), quantized_randn(rng, (512, k))
+    y = scaled_matmul(
+        jnp.asarray(lhs),
+        jnp.asarray(rhs),
+        1.0,
+        1.0,
+        out_dtype=jnp.float32,
+        precision=precision,
+        implementation="cutlass",
+    )
+    kind = "fast" if precision == "default" else "promoted"
+    Product.of(lhs, rhs).check(y, 1.0, 1.0, kind=kind)
+
+
+def test_a_chain_of_layers_again_and_again():
+    """XLA replays a command buffer from the second run on: new inputs, the same results."""
+    sizes = [1280, 3420, 1283, 100, 1280]
+    weights = [
+        PaddedKernel.from_dense(randn(i, shape) / np.sqrt(shape[0]))
+        for i, shape in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    ]
+
+    def chain(x, weights):
+        for weight in weights:
+            x = fp8_dense(x, weight, activation="gelu")
+        return x
+
+    jitted = jax.jit(chain)
+    for m in (16, 300):
+        for seed in range(5):
+            x = randn(seed, (m, sizes[0]), jnp.bfloat16)
+            assert same_bits(jitted(x, weights), chain(x, weights))
+
+
+@pytest.mark.parametrize(("n", "k"), [(16400, 16), (24, 16400)])
+def test_more_than_two_to_the_31_elements(n, k):
+    """The result, then x, past what a 32-bit index reaches: 131075 x 16400."""
+    m = 2**17 + 3
+    x = jnp.tile(randn(8, (1024, k), jnp.bfloat16), (129, 1))[:m]
+    weight = PaddedKernel.from_dense(randn(9, (k, n)))
+    y = fp8_dense(x, weight, implementation="cutlass")
+    assert y.shape == (m, n)
+    # The period of x is 1024 rows, so the rows of the result repeat, the last ones too.
+    first = fp8_dense(x[:1024], weight, implementation="cutlass")
+    assert same_bits(y[:1024], first)
+    assert same_bits(y[-3:], first[:3])
+    assert same_bits(y[2**16 : 2**16 + 1024], first)
