@@ -93,11 +93,19 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "device": device or name or platform.machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(_without_out(sys.argv[1:])),
         "git_commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "source_hash": source_hash(),
     }
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """The arguments but `--out DIR`: where somebody keeps results is nobody's business."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def source_hash() -> str:

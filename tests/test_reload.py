@@ -11,6 +11,7 @@ from update_cases import (
     addresses,
     assert_padding_holds,
     assert_same_bits,
+    devices,
     host_bits,
     served_tree,
     trainer_tree,
@@ -72,7 +73,7 @@ KINDS = {
     "numpy": lambda tree: tree,
     "uncommitted": lambda tree: jax.tree.map(jnp.array, tree),
     "committed": lambda tree: jax.device_put(tree, jax.devices()[0]),
-    "other device": lambda tree: jax.device_put(tree, jax.devices()[1]),
+    "other device": lambda tree: jax.device_put(tree, devices()[1]),
     "bfloat16": lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree),
     "numpy bfloat16": lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree),
     "out_in": out_in,
@@ -166,9 +167,9 @@ def test_weak_types_stay():
 
 def test_committed_and_uncommitted_leaves_in_one_kernel():
     kernel = PaddedKernel.from_dense(weight(18, 20))
-    kernel = PaddedKernel(jax.device_put(kernel.qvalue, jax.devices()[2]), kernel.scale, 18, 20)
+    kernel = PaddedKernel(jax.device_put(kernel.qvalue, devices()[2]), kernel.scale, 18, 20)
     what, where = identity_of(kernel), addresses(kernel)
-    for make in (np.asarray, jnp.asarray, lambda w: jax.device_put(w, jax.devices()[1])):
+    for make in (np.asarray, jnp.asarray, lambda w: jax.device_put(w, devices()[1])):
         kernel = reload_params(kernel, make(weight(18, 20, seed=3)))
         assert identity_of(kernel) == what and addresses(kernel) == where
     fresh = PaddedKernel.from_dense(weight(18, 20, seed=3))
@@ -176,7 +177,7 @@ def test_committed_and_uncommitted_leaves_in_one_kernel():
 
 
 def test_uncommitted_params_on_another_device():
-    with jax.default_device(jax.devices()[3]):
+    with jax.default_device(devices()[3]):
         params = served_tree()
     what, where = identity_of(params), addresses(params)
     for make in (KINDS["numpy"], KINDS["uncommitted"], KINDS["committed"]):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from update_cases import addresses, host_bits, weight
+from update_cases import addresses, devices, host_bits, mesh_devices, weight
 
 from jaxfp8.padded import DenseWeight, FP8Weight, PaddedKernel
 from jaxfp8.quantize import quantize
@@ -21,7 +21,7 @@ SPECS = {
 
 
 def mesh(axis_type: AxisType = AxisType.Auto) -> Mesh:
-    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    devices = np.array(mesh_devices(4)).reshape(2, 2)
     return Mesh(devices, ("x", "y"), axis_types=(axis_type,) * 2)
 
 
@@ -49,7 +49,7 @@ def put(tree: dict, on: Mesh, *spec) -> dict:
 
 
 def other_mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()[:2]), ("z",))
+    return Mesh(np.array(mesh_devices(2)), ("z",))
 
 
 def fp8(tree: dict) -> dict:
@@ -61,7 +61,7 @@ def fp8(tree: dict) -> dict:
 FORMS = {
     "numpy": lambda tree: tree,
     "uncommitted": lambda tree: jax.tree.map(jnp.asarray, tree),
-    "one device": lambda tree: jax.device_put(tree, jax.devices()[3]),
+    "one device": lambda tree: jax.device_put(tree, devices()[3]),
     "same mesh": lambda tree: put(tree, mesh(), "x", "y"),
     "same mesh, turned": lambda tree: put(tree, mesh(), "y", None),
     "other mesh": lambda tree: put(tree, other_mesh(), None, "z"),

@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 from update_cases import (
     addresses,
     assert_same_bits,
+    devices,
     host_bits,
     served_tree,
     trainer_tree,
@@ -204,7 +205,7 @@ def test_numpy_arrays_may_be_overwritten_after_the_call():
 
 
 def test_results_are_placed_like_a_committed_template():
-    device = jax.devices()[1]
+    device = devices()[1]
     params = jax.device_put(served_tree(), device)
     updated = update_params(params, trainer_tree())
     assert {leaf.device for leaf in jax.tree.leaves(updated)} == {device}

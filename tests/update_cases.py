@@ -9,6 +9,18 @@ import numpy as np
 from jaxfp8.padded import PaddedKernel
 
 
+def devices() -> list[jax.Device]:
+    """At least four: the default backend's, or on a machine of fewer GPUs the CPU's beside them."""
+    own = jax.devices()
+    return own if len(own) >= 4 else [*own, *jax.devices("cpu")]
+
+
+def mesh_devices(count: int) -> list[jax.Device]:
+    """So many of one kind: GPUs where there are enough, else the CPU's."""
+    own = jax.devices()
+    return (own if len(own) >= count else jax.devices("cpu"))[:count]
+
+
 def weight(*shape: int, seed: int = 0) -> np.ndarray:
     """Float32 normals; no two seeds, and no matrix and its transpose, agree."""
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
