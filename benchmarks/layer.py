@@ -36,7 +36,7 @@ Block = tuple[int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", help="M,M,... instead of 1,16,64,256,1024,4096")
+    parser.add_argument("--rows", help="M,M,... instead of 1,16,32,...,8192")
     parser.add_argument("--quick", action="store_true", help="M = 16 and 1024 alone")
     parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product too")
     parser.add_argument("--no-trace", action="store_true", help="wall time alone")

@@ -29,7 +29,7 @@ PROMOTED_FROM_ROWS = 512
 
 # MLP blocks features -> hidden -> features. Blocks of one group are measured in turn with each
 # other: 3420 is the size of a user, 3424 what it is padded to.
-LAYER_ROWS: Rows = (1, 16, 64, 256, 1024, 4096)
+LAYER_ROWS: Rows = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 LAYER_GROUPS: tuple[Sizes, ...] = (((4096, 14336),), ((1280, 3420), (1280, 3424)))
 QUICK_LAYER_ROWS = (16, 1024)
 CPU_LAYER_ROWS = (1, 5)

@@ -33,6 +33,10 @@ COMPUTE_CAPABILITY = "9.0"
 # The attribute `kernel` of both targets: an index into the library's list of kernels, which tests
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
 FROM_TABLE = np.int32(-1)
+# TMA addresses rows that begin at multiples of 16 bytes. Others are stored by classes of rows, up
+# to 8 of them, whose numbers are rounded up to be alike (`cuda/src/direct_store.cuh`).
+TMA_BYTES = 16
+ROW_CLASSES = 8
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -171,12 +175,14 @@ def dense(
 ) -> Float[Array, "M N"]:
     """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
     m, k_pad = x.shape[0], qvalue.shape[1]
+    aligned = out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0
+    rows = m if aligned else (m + ROW_CLASSES - 1) // ROW_CLASSES * ROW_CLASSES
     out, _, _ = _call(
         DENSE_TARGET,
         [
             ((m, out_features), out_dtype),
-            ((m, k_pad), qvalue.dtype),  # scratch: the quantized x
-            ((m,), jnp.float32),  # scratch: its scales
+            ((rows, k_pad), qvalue.dtype),  # scratch: the quantized x
+            ((rows,), jnp.float32),  # scratch: its scales
         ],
         [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale)],
         out_features=np.int64(out_features),

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from jaxfp8 import _dispatch, _options, _xla
-from jaxfp8._vmap import fold_rows
+from jaxfp8 import _derivatives, _options
 from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
 from jaxfp8.quantize import FP8_DTYPE, check_float
 
@@ -80,7 +78,7 @@ def scaled_matmul(
         bias = _check_vector(bias, "bias", ((n,),), "one value for each output feature")
     if 0 in lead:
         return jnp.zeros((*lead, n), out_dtype)
-    operation = _matmul_operation(activation, out_dtype, promoted, implementation)
+    operation = _derivatives.matmul_operation(activation, out_dtype, promoted, implementation)
     m = _rows(lead)
     lhs_scale = lhs_scale.reshape(m, 1) if lhs_scale.ndim else lhs_scale
     return operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias).reshape(*lead, n)
@@ -154,7 +152,7 @@ def fp8_dense(
     lead = x.shape[:-1]
     if 0 in lead:
         return jnp.zeros((*lead, n), result_dtype)
-    operation = _dense_operation(activation, work_dtype, promoted, implementation)
+    operation = _derivatives.dense_operation(activation, work_dtype, promoted, implementation)
     y = operation(x.reshape(_rows(lead), k), kernel, bias, x_scale)
     return y.reshape(*lead, n).astype(result_dtype)
 
@@ -193,83 +191,6 @@ def fp8_dense_float(
 
 
 @functools.cache
-def _matmul_operation(activation, out_dtype, promoted, implementation):
-    static = dict(activation=activation, out_dtype=out_dtype, promoted=promoted)
-
-    @fold_rows(rows=(True, False, None, False, False))
-    def primal(lhs, rhs, lhs_scale, rhs_scale, bias):
-        return _dispatch.call(
-            "scaled_matmul", implementation, lhs, rhs, lhs_scale, rhs_scale, bias, **static
-        )
-
-    operation = jax.custom_jvp(primal)
-
-    @functools.partial(operation.defjvp, symbolic_zeros=True)
-    def _(primals, tangents):
-        lhs, rhs, *floats = primals
-        if not _is_zero(tangents[:2]):
-            raise TypeError(
-                "`lhs` and `rhs` of `scaled_matmul` are float8_e4m3fn and cannot be "
-                "differentiated. Differentiate `fp8_dense` with respect to x, or wrap them in "
-                "`jax.lax.stop_gradient`."
-            )
-        reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
-        _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
-        return operation(*primals), tangent
-
-    return operation
-
-
-@functools.cache
-def _dense_operation(activation, out_dtype, promoted, implementation):
-    @fold_rows(rows=(True, False, False, False))
-    def primal(x, kernel, bias, x_scale):
-        return _dispatch.call(
-            "dense",
-            implementation,
-            x,
-            kernel.qvalue,
-            kernel.scale,
-            bias,
-            x_scale,
-            out_features=kernel.out_features,
-            activation=activation,
-            out_dtype=out_dtype,
-            promoted=promoted,
-        )
-
-    operation = jax.custom_jvp(primal)
-
-    @functools.partial(operation.defjvp, symbolic_zeros=True)
-    def _(primals, tangents):
-        x, kernel, bias, x_scale = primals
-        x_dot, kernel_dot, bias_dot, _ = tangents
-        if not _is_zero(kernel_dot):
-            raise TypeError(
-                "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
-                "To train the layer give it a float `param_dtype` (for example jnp.float32); to "
-                "train something else beside it, pass `jax.lax.stop_gradient(params)`."
-            )
-        y = operation(*primals)
-        # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
-        y_dot = jnp.zeros((x.shape[0], kernel.out_features), jnp.float32)
-        if not _is_zero(x_dot):
-            y_dot += _tangent_matmul(x_dot, kernel)
-        if bias is not None and not _is_zero(bias_dot):
-            y_dot += bias_dot
-        return y, _activation_jvp(
-            activation,
-            out_dtype,
-            y_dot,
-            lambda: _dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)(
-                *primals
-            ),
-        )
-
-    return operation
-
-
-@functools.cache
 def _float_operation(activation, out_dtype, precision, implementation):
     def dense(x, w, bias, activation, out_dtype):
         return fp8_dense(
@@ -295,41 +216,14 @@ def _float_operation(activation, out_dtype, precision, implementation):
         if bias is not None:
             y_dot += bias_dot
         pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
-        return y, _activation_jvp(activation, out_dtype, y_dot, lambda: pre(x, w, bias))
+        return y, _derivatives.activation_jvp(activation, out_dtype, y_dot, lambda: pre(x, w, bias))
 
     return operation
-
-
-def _activation_jvp(activation, out_dtype, pre_dot, pre):
-    """The tangent past the activation; `pre()` recomputes the float32 pre-activation."""
-    if activation is None:
-        return pre_dot.astype(out_dtype)
-    _, y_dot = jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))
-    return y_dot.astype(out_dtype)
-
-
-def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
-    """`x_dot @ kernel.dequantize()`. e4m3 is exact in x's dtype, so only the scale waits."""
-    qvalue = kernel.qvalue.astype(x_dot.dtype)
-    y_dot = _xla.contract(_xla.pad_last(x_dot, qvalue.shape[1]), qvalue) * kernel.scale
-    return y_dot[:, : kernel.out_features]
 
 
 def _matmul(x, w) -> Float32[Array, "*lead N"]:
     dtype = jnp.promote_types(x.dtype, w.dtype)
     return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _is_zero(tangents: Any) -> bool:
-    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    return all(isinstance(t, SymbolicZero) for t in leaves)
-
-
-def _instantiate(primals: Any, tangents: Any) -> tuple:
-    def one(p, t):
-        return jnp.zeros_like(p) if isinstance(t, SymbolicZero) else t
-
-    return tuple(jax.tree.map(one, tuple(primals), tuple(tangents)))
 
 
 def _check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[Array, "..."]:

@@ -78,12 +78,17 @@ def dense(
     width: int | None = None,
     out_features: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`jaxfp8_dense_v1`: the result, then its scratch: x quantized, and the scales of x."""
+    """`jaxfp8_dense_v1`: the result, then its scratch: x quantized, and the scales of x.
+
+    Where rows are stored by classes (N unaligned), the scratch has more rows, in their order.
+    """
     m, n = x.shape[0], weight.out_features
+    aligned = n * jnp.dtype(out_dtype).itemsize % _cutlass.TMA_BYTES == 0
+    rows = m if aligned else -(-m // _cutlass.ROW_CLASSES) * _cutlass.ROW_CLASSES
     results = [
         jax.ShapeDtypeStruct((m, n if width is None else width), out_dtype),
-        jax.ShapeDtypeStruct((m, weight.qvalue.shape[1]), weight.qvalue.dtype),
-        jax.ShapeDtypeStruct((m,), jnp.float32),
+        jax.ShapeDtypeStruct((rows, weight.qvalue.shape[1]), weight.qvalue.dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
     ]
     call = jax.ffi.ffi_call(_cutlass.DENSE_TARGET, results)
     return tuple(

@@ -19,7 +19,7 @@ ACCUMULATIONS = ["fast", "promoted"]
 OUT_DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 accumulations = pytest.mark.parametrize("accumulation", ACCUMULATIONS)
 out_dtypes = pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=lambda d: d.__name__)
-ROWS = (1, 2, 16, 17, 64, 65, 128, 300, 1024, 4096)
+ROWS = (1, 2, 16, 17, 64, 65, 128, 300, 1023, 1024, 4096)
 OFFSET = 5
 
 
@@ -147,17 +147,20 @@ def test_rows_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype)
 
 @out_dtypes
 @accumulations
-def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype):
-    n, k = 3420, 1283
+@pytest.mark.parametrize("n", [3424, 3420, 3421])
+def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(n, accumulation, out_dtype):
+    """N of 1, 2 and 8 classes of rows, of which cuts of odd lengths have unequal numbers."""
+    k = 1283
     x, bias = randn(3, (max(ROWS) + OFFSET, k), jnp.bfloat16), randn(4, (n,))
     weight = PaddedKernel.from_dense(randn(5, (k, n)) / np.sqrt(k))
     options = dict(activation="silu", out_dtype=out_dtype, promoted=accumulation == "promoted")
 
     def f(x, weight, bias, kernel):
-        y, qx, scale = direct_calls.dense(x, weight, bias, kernel=kernel, **options)
-        # The scratch as well: rows are quantized on their own.
-        wide = qx.astype(jnp.float32), scale[:, None]
-        return jnp.concatenate([y.astype(jnp.float32), *wide], axis=1)
+        y, qx, _ = direct_calls.dense(x, weight, bias, kernel=kernel, **options)
+        if n % 16:
+            return y
+        # The scratch as well, where it is in the order of x: rows are quantized on their own.
+        return jnp.concatenate([y.astype(jnp.float32), qx.astype(jnp.float32)], axis=1)
 
     check_rows(f, [*kernels(accumulation), FROM_TABLE], (x,), (weight, bias))
 
@@ -241,3 +244,24 @@ def test_more_than_two_to_the_31_elements(n, k):
     assert same_bits(y[:1024], first)
     assert same_bits(y[-3:], first[:3])
     assert same_bits(y[2**16 : 2**16 + 1024], first)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 9])
+def test_results_narrower_than_a_tma_store(n):
+    """CUTLASS's own store of one element writes 16 bytes, more than such a row has: never last."""
+    m, k = 4096, 48
+    x = randn(7, (m, k), jnp.bfloat16)
+    weight = PaddedKernel.from_dense(randn(8, (k, n)))
+    product, *scales = dense_product(x, weight)
+    for _ in range(50):
+        product.check(fp8_dense(x, weight, implementation="cutlass"), *scales, None, kind="fast")
+
+
+@pytest.mark.parametrize("n", [254, 255, 3420, 30522])
+@pytest.mark.parametrize("m", [1023, 1024, 2050])
+def test_rows_that_tma_cannot_address(m, n):
+    """Many rows, which are stored by classes: each element once, and beside its neighbours."""
+    x = randn(7, (m, 48), jnp.bfloat16)
+    weight = PaddedKernel.from_dense(randn(8, (48, n)))
+    product, *scales = dense_product(x, weight)
+    product.check(fp8_dense(x, weight, implementation="cutlass"), *scales, None, kind="fast")

@@ -95,6 +95,19 @@ def test_lowered_for_cuda_the_weight_goes_straight_into_the_call():
     assert not any(move in line for line in touching for move in ("transpose", "pad", "concat"))
 
 
+@pytest.mark.parametrize(
+    ("n", "out_dtype", "rows"),
+    [(3424, "bfloat16", 13), (3420, "bfloat16", 16), (3420, "float32", 13), (3421, "float32", 16)],
+)
+def test_the_scratch_has_rows_for_every_class(n, out_dtype, rows):
+    """Where TMA cannot address the rows of a result, its kernel reads whole classes of them."""
+    kernel = PaddedKernel.from_dense(randn(5, (K, n)))
+    text = cuda_text(lambda x: fp8_dense(x, kernel, out_dtype=out_dtype), randn(6, (13, K)))
+    (results,) = re.findall(r"custom_call @jaxfp8_dense_v1.*-> \((.*)\)", text)
+    scratch = f"tensor<{rows}x1296xf8E4M3FN>, tensor<{rows}xf32>"
+    assert f"tensor<13x{n}x" in results and scratch in results
+
+
 class Block(nn.Module):
     """A residual block as `nn.scan` wants it."""
 

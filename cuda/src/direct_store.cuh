@@ -1,180 +1,157 @@
-// An epilogue node that stores the tile with plain stores, for results whose rows TMA cannot
-// address.
+// Stores a staged subtile where TMA cannot address the rows of the result.
 #pragma once
 
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
-#include "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp"
 
 namespace jaxfp8 {
 
+inline constexpr int kMaxClasses = 8;
+
 // NOTES: TMA wants rows that start at multiples of 16 bytes; a bfloat16 row of 3420 features does
 // not. Padding the rows and slicing them afterwards is one more kernel and one more pass over the
-// result. This node passes its input on; if it has a pointer, all threads also copy each subtile
-// that the epilogue has staged in shared memory for TMA to where it belongs, and the TMA store
-// gets a tensor of one element (gemm.cuh). One kernel serves both, told apart at run time.
-// What it costs is partly written sectors: L2 takes 32 bytes at a time, and a row that starts at 8
-// modulo 32 splits one at each end of each run (ncu, 4096x3420x1280: 3.2 million sector writes for
-// 1.3 million aligned; issue slots and DRAM traffic alike). So the runs are long. Block
-// 1280-3420-1280 over 1280-3424-1280 at M = 4096 on an H200, 2026-11-22: sliced by XLA 1.145,
-// stored from the accumulators in runs of 16 bytes 1.137, staged in runs of 64 bytes 1.135, of 128
-// bytes (EpilogueTile in gemm.cuh) 1.080.
-template <class Element, bool kTransposed>
-struct DirectStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
-  struct SharedStorage {};
+// result. So each subtile that the epilogue has staged in shared memory for TMA is also sent where
+// it belongs, and CUTLASS's own TMA store gets a tensor of one element (gemm.cuh). One kernel
+// serves both, told apart at run time. Two ways:
+//
+// By classes. Rows that are equal modulo `classes` = 16 / gcd(16, pitch in bytes) lie a multiple of
+// 16 bytes apart, so each class is a tensor that TMA can address; the GEMM runs over classes as
+// CUTLASS runs over a batch, x being quantized into that order. But a store by TMA must also begin
+// at a column that is such a multiple and not negative (else: illegal instruction), and what it
+// clips on the right it clips to such a multiple (else the next row's first features are
+// overwritten). So where the rows of a class begin `shift` elements past a multiple, its tiles begin
+// `shift` features early (class_mainloop.cuh), its tensor has the whole 16 bytes within a row, and
+// threads store the rest: the first subtile of a row, and up to 7 features at its end.
+//
+// By threads, where classes would waste tiles (few rows), and in swapped kernels: plain stores.
+//
+// Measured on an H200, 2026-11-22, 4096x3420x1280, us, without activation / with gelu: 3424
+// features by TMA 36.0 / 46.5; 3424 by threads 40.1 / 53.0; 3420 by threads 41.4 / 53.8. So what
+// costs is the threads' time, because the epilogue of a short K is as long as its mainloop; that
+// rows begin within a 32-byte sector costs little.
+template <class Element>
+struct DirectStoreArguments {
+  Element* out = nullptr;  // null: CUTLASS's own store writes everything
+  int64_t pitch = 0;
+  int rows = 0;                   // of all classes
+  int classes = 1;                // 1: by threads
+  int step = 0;                   // a class's shift is `step` times its number
+  int first_row[kMaxClasses] = {};
+  cute::TmaDescriptor tensor[kMaxClasses] = {};
+};
 
-  struct Arguments {
-    Element* out = nullptr;
-    int64_t pitch = 0;
-  };
-  using Params = Arguments;
+// The subtile `staged`, whose first element belongs at [token, feature] of a result, or of a class
+// of its rows, that has `tokens` and `features`.
+template <class Element, bool kTransposed, class EpilogueTile, int kThreads>
+struct DirectStore {
+  static constexpr int kRows = cute::size<0>(EpilogueTile{});
+  static constexpr int kColumns = cute::size<1>(EpilogueTile{});
+  static constexpr int kTokens = kTransposed ? kColumns : kRows;
+  static constexpr int kFeatures = kTransposed ? kRows : kColumns;
 
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args,
-                                                  void*) {
-    return args;
-  }
+  // In the kernel's parameters, where TMA reads its descriptors.
+  DirectStoreArguments<Element> const& to;
+  Element const* staged;
+  int tokens, features;
+  int token, feature;
+  int thread;
 
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*,
-                                              cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE DirectStore() {}
-  CUTLASS_HOST_DEVICE DirectStore(Params const& params, SharedStorage const&) : params(params) {}
-
-  Params params;
-
-  template <class EpilogueTile, int kThreads>
-  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(Params const& params, int tokens, int features, int token,
-                             int feature, int thread)
-        : params(params),
-          tokens(tokens),
-          features(features),
-          token(token),
-          feature(feature),
-          thread(thread) {}
-
-    static constexpr int kRows = cute::size<0>(EpilogueTile{});
-    static constexpr int kColumns = cute::size<1>(EpilogueTile{});
-    static constexpr int kTokens = kTransposed ? kColumns : kRows;
-    static constexpr int kFeatures = kTransposed ? kRows : kColumns;
-
-    Params const& params;
-    int tokens, features;  // of the whole result
-    int token, feature;    // where this tile of it begins
-    int thread;
-    Element* staged = nullptr;
-
-    template <class Accumulator, class Value, int kSize>
-    CUTLASS_DEVICE cutlass::Array<Value, kSize> visit(cutlass::Array<Accumulator, kSize> const&,
-                                                      int, int, int,
-                                                      cutlass::Array<Value, kSize> const& values) {
-      return values;
+  CUTLASS_DEVICE void by_class(int row_class, bool issues_tma) const {
+    constexpr int kUnit = 16 / sizeof(Element);
+    int const shift = row_class * to.step;
+    int const before = shift == 0 ? 0 : kUnit - shift;  // features left of the class's tensor
+    int const tail = features - (features - before) % kUnit;  // the first one right of it
+    if (feature >= 0 && issues_tma && cute::elect_one_sync()) {
+      cute::SM90_TMA_STORE_3D::copy(&to.tensor[row_class], staged, feature - before, token, 0);
     }
-
-    // Called before a subtile is staged, with the buffer that it will be in.
-    template <class Buffer, class Sync, class Values>
-    CUTLASS_DEVICE void reduce(Buffer&& buffer, Sync const&, int, int, bool, Values const&) {
-      staged = cute::raw_pointer_cast(buffer.data());
-    }
-
-    // Called when the subtile is staged and all threads have seen it; they meet again before the
-    // buffer is reused.
-    CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int, bool) {
-      if (params.out == nullptr) return;
-      int const first_token = token + (kTransposed ? epi_n : epi_m) * kTokens;
-      int const first_feature = feature + (kTransposed ? epi_m : epi_n) * kFeatures;
-      if (params.pitch * sizeof(Element) % 8 == 0) {
-        copy<8 / sizeof(Element)>(first_token, first_feature);
-      } else {
-        copy<1>(first_token, first_feature);
-      }
-    }
-
-    // kPiece neighbouring features at a time; the pitch is a multiple of them, and so are all
-    // coordinates.
-    template <int kPiece>
-    CUTLASS_DEVICE void copy(int first_token, int first_feature) {
-      using Piece = cutlass::AlignedArray<Element, kPiece>;
-      constexpr int kPieces = kFeatures / kPiece;
-      constexpr int kStep = kThreads / kPieces;  // tokens from one turn to the next
-      constexpr int kTurns = kTokens / kStep;
-      static_assert(kThreads % kPieces == 0 && kTokens % kStep == 0, "pieces left over");
+    if (feature < 0) {
+      // 16 bytes at a time: the subtile begins at a multiple of them, `shift` before the row.
+      constexpr int kUnits = kFeatures / kUnit, kTurns = kTokens * kUnits / kThreads;
+      using Piece = cutlass::AlignedArray<Element, kUnit>;
       auto const tile = staged_tile();
-      int const f = thread % kPieces * kPiece, t = thread / kPieces;
-      Piece const* from = piece_at<Piece>(tile, t, f);
-      Element* to = params.out + (first_token + t) * params.pitch + first_feature + f;
-      int const rows = first_feature + f < features ? tokens - first_token - t : 0;
-      // NOTES: the swizzle repeats after 8 tokens, so where a turn is a multiple of that its source
-      // is at a constant distance, and a turn is a load, a comparison and a store. The epilogue of
-      // a short K is as long as its mainloop: whatever is added here shows.
-      constexpr bool kRegular = kStep % 8 == 0 && kTurns % 2 == 0;
       CUTLASS_PRAGMA_UNROLL
-      for (int turn = 0; turn < kTurns; turn += kRegular ? 2 : 1) {
-        if constexpr (kRegular) {
-          int const distance = static_cast<int>(piece_at<Piece>(tile, kStep, 0) -
-                                                piece_at<Piece>(tile, 0, 0));
-          Piece const first = from[turn * distance], second = from[(turn + 1) * distance];
-          if (turn * kStep < rows) store(to + turn * kStep * params.pitch, first);
-          if ((turn + 1) * kStep < rows) store(to + (turn + 1) * kStep * params.pitch, second);
-        } else {
-          if (turn * kStep < rows) {
-            store(to + turn * kStep * params.pitch, *piece_at<Piece>(tile, t + turn * kStep, f));
-          }
+      for (int turn = 0; turn < kTurns; ++turn) {
+        int const at = thread + turn * kThreads, t = at / kUnits, f = at % kUnits * kUnit;
+        if (f > 0 && row(row_class, t) < to.rows) {
+          *reinterpret_cast<Piece*>(place(row_class, t, f)) =
+              *reinterpret_cast<Piece const*>(&tile(t, f));
         }
       }
+      store_few(row_class, shift, kUnit);
+    } else if (features < feature + kFeatures && tail < features) {
+      store_few(row_class, max(tail - feature, 0), features - feature);
     }
+  }
 
-    template <class Piece>
-    CUTLASS_DEVICE static void store(Element* to, Piece const& piece) {
-      *reinterpret_cast<Piece*>(to) = piece;
+  // Features from `first` to `last` of the subtile, element by element.
+  CUTLASS_DEVICE void store_few(int row_class, int first, int last) const {
+    auto const tile = staged_tile();
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int t = thread; t < kTokens && row(row_class, t) < to.rows; t += kThreads) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int f = first; f < last; ++f) *place(row_class, t, f) = tile(t, f);
     }
+  }
 
-    template <class Piece, class Tile>
-    CUTLASS_DEVICE static Piece const* piece_at(Tile const& tile, int token, int feature) {
-      return reinterpret_cast<Piece const*>(&(kTransposed ? tile(feature, token)
-                                                          : tile(token, feature)));
+  CUTLASS_DEVICE int row(int row_class, int t) const {
+    return to.first_row[row_class] + (token + t) * to.classes;
+  }
+
+  CUTLASS_DEVICE Element* place(int row_class, int t, int f) const {
+    return to.out + row(row_class, t) * to.pitch + feature + f;
+  }
+
+  CUTLASS_DEVICE void by_threads() const {
+    if (to.pitch * sizeof(Element) % 8 == 0) {
+      copy<8 / sizeof(Element)>();
+    } else {
+      copy<1>();
     }
+  }
 
-    // The staged subtile in CUTLASS's layout.
-    CUTLASS_DEVICE auto staged_tile() const {
-      using Stride = cute::conditional_t<kTransposed, cute::Stride<cute::_1, int64_t, cute::_0>,
-                                         cute::Stride<int64_t, cute::_1, cute::_0>>;
-      using Atom = decltype(cutlass::epilogue::collective::detail::
-                                sm90_get_epilogue_smem_swizzle_layout_atom<Stride, Element,
-                                                                           EpilogueTile>());
-      using Order = cute::conditional_t<kTransposed, cute::Step<cute::_2, cute::_1>,
-                                        cute::Step<cute::_1, cute::_2>>;
-      using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>;
-      return cute::as_position_independent_swizzle_tensor(cute::make_tensor(
-          cute::make_smem_ptr(staged), cute::tile_to_shape(Atom{}, Shape{}, Order{})));
+  // kPiece neighbouring features at a time; the pitch is a multiple of them, and so are all
+  // coordinates.
+  template <int kPiece>
+  CUTLASS_DEVICE void copy() const {
+    using Piece = cutlass::AlignedArray<Element, kPiece>;
+    constexpr int kPieces = kFeatures / kPiece;
+    constexpr int kStep = kThreads / kPieces;  // tokens from one turn to the next
+    // Loads first, some at a time: unrolled whole in every subtile it made the epilogue so long
+    // that small GEMMs, which wait for their instructions, were 0.3 us slower without using it.
+    constexpr int kBatch = kTokens / kStep < 8 ? kTokens / kStep : 8;
+    static_assert(kThreads % kPieces == 0 && kTokens % (kStep * kBatch) == 0, "pieces left over");
+    auto const tile = staged_tile();
+    int const f = thread % kPieces * kPiece;
+    if (feature + f >= features) return;
+    Element* const first = to.out + token * to.pitch + feature + f;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int t = thread / kPieces; t < kTokens; t += kBatch * kStep) {
+      Piece pieces[kBatch];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        int const row = t + i * kStep;
+        pieces[i] = *reinterpret_cast<Piece const*>(&(kTransposed ? tile(f, row) : tile(row, f)));
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        int const row = t + i * kStep;
+        if (token + row < tokens) *reinterpret_cast<Piece*>(first + row * to.pitch) = pieces[i];
+      }
     }
-  };
+  }
 
-  template <bool kReferenceSrc, class... Args>
-  CUTLASS_DEVICE auto get_consumer_store_callbacks(
-      cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
-    auto const [M, N, K, L] = args.problem_shape_mnkl;
-    auto const [m, n, k, l] = args.tile_coord_mnkl;
-    int const row = m * cute::size<0>(args.tile_shape_mnk);
-    int const column = n * cute::size<1>(args.tile_shape_mnk);
-    constexpr int kThreads = decltype(cute::size(args.tiled_copy))::value;
-    using Mine = Callbacks<decltype(args.epi_tile), kThreads>;
-    return kTransposed ? Mine(params, N, M, column, row, args.thread_idx)
-                       : Mine(params, M, N, row, column, args.thread_idx);
+  // The staged subtile in CUTLASS's layout.
+  CUTLASS_DEVICE auto staged_tile() const {
+    using Stride = cute::conditional_t<kTransposed, cute::Stride<cute::_1, int64_t, cute::_0>,
+                                       cute::Stride<int64_t, cute::_1, cute::_0>>;
+    using Atom = decltype(cutlass::epilogue::collective::detail::
+                              sm90_get_epilogue_smem_swizzle_layout_atom<Stride, Element,
+                                                                         EpilogueTile>());
+    using Order = cute::conditional_t<kTransposed, cute::Step<cute::_2, cute::_1>,
+                                      cute::Step<cute::_1, cute::_2>>;
+    using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>;
+    return cute::as_position_independent_swizzle_tensor(cute::make_tensor(
+        cute::make_smem_ptr(staged), cute::tile_to_shape(Atom{}, Shape{}, Order{})));
   }
 };
 

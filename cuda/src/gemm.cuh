@@ -14,8 +14,10 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 // clang-format on
 
+#include "class_mainloop.cuh"
 #include "epilogue.cuh"
 #include "gemm.h"
+#include "prefetch.cuh"
 
 namespace jaxfp8 {
 
@@ -63,27 +65,36 @@ struct Gemm {
   static constexpr int kAlignFp8 = 16;
   static constexpr int kAlignOut = 16 / sizeof(Element);
 
-  // NOTES: 64 columns at a time where CUTLASS would take 32: as fast for aligned rows, and 128 bytes
-  // in a run for those that are not (direct_store.cuh). 128x128 Pingpong spills 100 bytes with it.
+  // NOTES: 64 columns at a time where CUTLASS would take 32: as fast for aligned rows, and for those
+  // that are not 128 bytes in a run, which is also the widest box of a TMA store.
   using EpilogueTile = cute::conditional_t<
       kSwapped || sizeof(Element) == 4, cutlass::epilogue::collective::EpilogueTileAuto,
       cute::Shape<cute::Int<kSpec.schedule == Schedule::kCooperative ? 128 : 64>, cute::_64>>;
 
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float, float, void, LayoutOut, kAlignOut,
-      Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float, float,
+      void, LayoutOut, kAlignOut, Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
       typename Fused::Callbacks>::CollectiveOp;
 
-  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using CollectiveMainloop = ClassMainloop<typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Fp8, cutlass::layout::RowMajor,
       kAlignFp8, Fp8, cutlass::layout::ColumnMajor, kAlignFp8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
-      typename Picked::Mainloop>::CollectiveOp;
+      typename Picked::Mainloop>::CollectiveOp>;
 
-  using GemmKernel =
+  using Base =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
                                            CollectiveEpilogue>;
+  struct GemmKernel : Base {
+    struct Params : Base::Params {
+      Prefetch prefetch;
+    };
+    CUTLASS_DEVICE void operator()(Params const& params, char* shared) {
+      params.prefetch();
+      Base::operator()(params, shared);
+    }
+  };
   using Device = cutlass::gemm::device::GemmUniversalAdapter<GemmKernel>;
 
   // NOTES: raising the shared-memory limit also loads the kernel's module, which must not happen
@@ -95,9 +106,47 @@ struct Gemm {
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
   }
 
+  // The store of `rows` rows of n values at `out`; TMA has one descriptor for each.
+  static auto store_of(GemmProblem const& p, Element* out, int64_t pitch, int rows, int n) {
+    typename CollectiveEpilogue::Arguments args{};
+    args.ptr_D = out;
+    auto shape = cute::make_shape(rows, n, p.k, 1);
+    if constexpr (kSwapped) {
+      shape = cute::make_shape(n, rows, p.k, 1);
+      args.dD = cute::make_stride(cute::_1{}, pitch, int64_t{0});
+    } else {
+      args.dD = cute::make_stride(pitch, cute::_1{}, int64_t{0});
+    }
+    args.dC = args.dD;
+    return CollectiveEpilogue::to_underlying_arguments(shape, args, nullptr).tma_store_d;
+  }
+
+  static DirectStoreArguments<Element> direct_store(GemmProblem const& p) {
+    DirectStoreArguments<Element> direct{};
+    if (p.out_pitch % kAlignOut == 0) return direct;
+    direct.out = static_cast<Element*>(p.out);
+    direct.pitch = p.out_pitch;
+    direct.rows = p.m;
+    direct.classes = p.classes.count;
+    direct.step = p.classes.step;
+    for (int r = 0; r < direct.classes && direct.classes > 1; ++r) {
+      int const row_class = r * p.classes.factor % direct.classes;
+      // Of row r, the features before its first multiple of 16 bytes and up to its last.
+      int const before = (kAlignOut - row_class * direct.step) % kAlignOut;
+      int const whole = (p.n - before) / kAlignOut * kAlignOut;
+      int const rows = (p.m - r + direct.classes - 1) / direct.classes;
+      direct.first_row[row_class] = r;
+      direct.tensor[row_class] = *store_of(p, direct.out + r * p.out_pitch + before,
+                                           p.out_pitch * direct.classes, rows, whole)
+                                      .get_tma_descriptor();
+    }
+    return direct;
+  }
+
   static char const* launch(GemmProblem const& p) {
-    bool const direct = p.out_pitch % kAlignOut != 0;
+    auto const direct = direct_store(p);
     int64_t const tma_pitch = (p.out_pitch + kAlignOut - 1) / kAlignOut * kAlignOut;
+    int const rows = p.classes.rows(p.m);
     auto const k_major = cute::make_stride(static_cast<int64_t>(p.k), cute::_1{}, int64_t{0});
 
     typename GemmKernel::Arguments args{};
@@ -113,20 +162,28 @@ struct Gemm {
       args.problem_shape = {p.n, p.m, p.k, 1};
       args.epilogue.dD = cute::make_stride(cute::_1{}, tma_pitch, int64_t{0});
     } else {
-      args.problem_shape = {p.m, p.n, p.k, 1};
+      // The tiles of the last class begin all but one step early, and have as much further to go.
+      int const columns = p.classes.count > 1 ? p.n + kAlignOut - p.classes.step : p.n;
+      args.problem_shape = {rows, columns, p.k, p.classes.count};
+      args.mainloop.dA = cute::make_stride(int64_t{p.k}, cute::_1{}, int64_t{p.k} * rows);
       args.epilogue.dD = cute::make_stride(tma_pitch, cute::_1{}, int64_t{0});
     }
     args.epilogue.dC = args.epilogue.dD;
 
-    // NOTES: can_implement also wants n itself to be a multiple of 16 bytes. TMA needs that of the
-    // pitch alone and clips the last box to n.
+    // NOTES: can_implement would refuse an n of unaligned rows, whose store is not CUTLASS's.
     if (Device::get_workspace_size(args) != 0) return "the kernel wants a workspace";
-    auto params = GemmKernel::to_underlying_arguments(args, nullptr);
-    if (direct) {
-      // Every TMA store but that of out[0, 0], which is right, is clipped away.
-      auto const one = cute::make_shape(1, 1, p.k, 1);
-      params.epilogue.tma_store_d =
-          CollectiveEpilogue::to_underlying_arguments(one, args.epilogue, nullptr).tma_store_d;
+    typename GemmKernel::Params params{Base::to_underlying_arguments(args, nullptr), {}};
+    params.prefetch = Prefetch(p, Device::get_grid_shape(params));
+    if (direct.out != nullptr) {
+      // Every store of CUTLASS's own but that of out[0, 0] is clipped away. It writes 16 bytes, all
+      // of them right if the row has as many (else: epilogue.cuh).
+      params.epilogue.tma_store_d = store_of(p, direct.out, tma_pitch, 1, 1);
+    }
+    if (p.classes.count > 1) {
+      auto const whole = cute::make_shape(p.m, p.n, p.k, 1);
+      params.mainloop.tma_load_b =
+          CollectiveMainloop::to_underlying_arguments(whole, args.mainloop, nullptr).tma_load_b;
+      params.mainloop.step = p.classes.step;
     }
     cutlass::Status const status = Device::run(params, p.stream, nullptr, p.dependent);
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "row_classes.h"
 
 namespace jaxfp8 {
 
@@ -13,6 +14,8 @@ namespace jaxfp8 {
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kCount = 4 };
 
 enum class Out : int { kBF16 = 0, kF16 = 1, kF32 = 2, kCount = 3 };
+
+constexpr int bytes_of(Out out) { return out == Out::kF32 ? 4 : 2; }
 
 // out[m, n] = activation(lhs_scale * rhs_scale * sum_k lhs[m, k] rhs[n, k] + bias[n])
 struct GemmProblem {
@@ -22,6 +25,7 @@ struct GemmProblem {
   void const* rhs;     // e4m3 [>= n, k]
   float const* lhs_scale;
   bool per_token;      // lhs_scale is [m], else one value
+  RowClasses classes;  // with several, lhs and lhs_scale are [classes, rows of the largest, ...]
   float const* rhs_scale;
   bool per_channel;    // rhs_scale is [>= n], else one value
   float const* bias;   // [n], or null
@@ -32,6 +36,17 @@ struct GemmProblem {
   bool dependent;      // start while the kernel before on the stream still runs, and wait inside
   cudaStream_t stream;
 };
+
+// The classes a result's rows are best stored in: one where TMA can address its rows, or where
+// several would need more tiles.
+inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {
+  KernelSpec const& spec = spec_of(kernel);
+  RowClasses const classes = RowClasses::of(out_pitch, 16 / bytes_of(out));
+  auto const tiles = [&](int rows) { return (rows + spec.tile_m - 1) / spec.tile_m; };
+  bool const wide = out_pitch > spec.tile_n && m >= classes.count;
+  bool const cheap = 8 * classes.count * tiles(classes.rows(m)) <= 9 * tiles(m);
+  return spec.operands == Operands::kNormal && wide && cheap ? classes : RowClasses{};
+}
 
 // What a compiled instance offers. Each returns null, or why it failed.
 struct GemmFunctions {

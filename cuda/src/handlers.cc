@@ -159,8 +159,8 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   int64_t const m = x.dimensions()[0], k = x.dimensions()[1], n = out_features;
   int64_t const n_pad = qvalue.dimensions()[0], k_pad = qvalue.dimensions()[1];
   if (k < 1 || k > k_pad || n < 1 || n > n_pad || out->dimensions()[0] != m ||
-      out->dimensions()[1] != n || qx->dimensions()[0] != m || qx->dimensions()[1] != k_pad ||
-      static_cast<int64_t>(qx_scale->element_count()) != m || !is_scale(scale, n_pad, 1) ||
+      out->dimensions()[1] != n || qx->dimensions()[0] < m || qx->dimensions()[1] != k_pad ||
+      static_cast<int64_t>(qx_scale->element_count()) != qx->dimensions()[0] || !is_scale(scale, n_pad, 1) ||
       !is_vector_or_empty(bias, n) || !is_scalar_or_empty(x_scale) || m > kMaxSize ||
       n_pad > kMaxSize || k_pad > kMaxSize) {
     return refuse("shapes do not fit: x ", shape_of(x), ", qvalue ", shape_of(qvalue), ", scale ",
@@ -193,6 +193,9 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
 
   Choice const choice = choose(p.m, p.n, p.k, promoted != 0, kernel);
   if (auto error = check_gemm(p, choice, kernel); error.failure()) return error;
+  RowClasses const classes = row_classes(choice.kernel, out_type, p.m, p.out_pitch);
+  // All classes are read as if they had as many rows as the largest: the scratch must have them.
+  if (classes.count * classes.rows(p.m) <= qx->dimensions()[0]) p.classes = q.classes = classes;
   OnDevice const guard(device);
   if constexpr (kStage == Stage::kInitialize) {
     if (char const* why = quantize_prepare()) {
@@ -201,7 +204,7 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
     return prepare_gemm(p, choice, out_type);
   }
   if (char const* why = quantize_launch(q)) return failed("the quantize kernel", p, choice, why);
-  p.dependent = p.m <= kDependentMaxM;
+  p.dependent = starts_early(p.m, p.n, p.k);
   return launch_gemm(p, choice, out_type, device);
 }
 

@@ -29,7 +29,6 @@ struct KernelSpec {
 // Pingpong 964 B; 128x128 and 128x192 Cooperative none).
 #define JAXFP8_KERNELS(X)                                                                   \
   X(fast_swap_ws_64x16x256_1x1, 64, 16, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)       \
-  X(fast_swap_ws_64x32x256_1x1, 64, 32, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)       \
   X(fast_swap_pp_64x16x256_2x1, 64, 16, 256, 2, 1, kPingpong, kSwapped, kFast)              \
   X(fast_swap_pp_64x32x256_1x1, 64, 32, 256, 1, 1, kPingpong, kSwapped, kFast)              \
   X(fast_swap_pp_64x64x256_1x1, 64, 64, 256, 1, 1, kPingpong, kSwapped, kFast)              \

@@ -28,7 +28,7 @@ JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_t
   p.bias = bias;
   p.activation = static_cast<Activation>(activation);
   p.swizzle = choice.swizzle;
-  p.dependent = dependent != 0 && m <= kDependentMaxM;
+  p.dependent = dependent != 0 && starts_early(m, n, k);
   p.stream = static_cast<cudaStream_t>(stream);
   int device = 0;
   cudaGetDevice(&device);

@@ -119,7 +119,8 @@ __device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int valid, 
 template <class T, Load kLoad, int kKept>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
-                  uint8_t* __restrict__ q, float* __restrict__ scale, int m, int k, int k_pad) {
+                  uint8_t* __restrict__ q, float* __restrict__ scale, int m, int k, int k_pad,
+                  RowClasses classes) {
   // The GEMM behind may take its place on the device now; it waits for this grid's end before it
   // reads. Without effect unless it was launched as a dependent.
   asm volatile("griddepcontrol.launch_dependents;");
@@ -162,9 +163,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   float const reciprocal = __fdiv_rn(1.f, row_scale);
   if (!active) return;
-  if (threadIdx.x == 0) scale[row_index] = row_scale;
+  int place = row_index;
+  if (classes.count > 1) {
+    int const rows = (m + classes.count - 1) / classes.count;
+    place = row_index % classes.count * classes.factor % classes.count * rows +
+            row_index / classes.count;
+  }
+  if (threadIdx.x == 0) scale[place] = row_scale;
 
-  uint8_t* to = q + static_cast<int64_t>(row_index) * k_pad;
+  uint8_t* to = q + static_cast<int64_t>(place) * k_pad;
   auto const store = [&](Chunk<T> const& chunk, int at) {
     if (is_static) {
       store_chunk<true>(chunk, reciprocal, k - at, to + at);
@@ -184,7 +191,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class T>
-using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int);
+using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int,
+                               RowClasses);
 
 template <class T, Load kLoad>
 QuantizeKernel<T> pick_kept(int kept) {
@@ -223,7 +231,7 @@ char const* launch(QuantizeProblem const& p) {
   auto* kernel = pick_load<T>(load, kept <= kMaxKept ? kept : 0);
   kernel<<<(p.m + rows - 1) / rows, dim3(threads, rows), 0, p.stream>>>(
       static_cast<T const*>(p.x), p.x_scale, static_cast<uint8_t*>(p.q), p.scale, p.m, p.k,
-      p.k_pad);
+      p.k_pad, p.classes);
   cudaError_t const status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

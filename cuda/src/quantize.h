@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "row_classes.h"
+
 namespace jaxfp8 {
 
 enum class In : int { kBF16 = 0, kF16 = 1, kF32 = 2, kCount = 3 };
@@ -17,6 +19,7 @@ struct QuantizeProblem {
   float const* x_scale;  // one static scale, or null: one for each row
   void* q;               // e4m3 [m, k_pad]
   float* scale;          // [m]; written in either case
+  RowClasses classes;    // with several, q is [classes, rows of the largest, k_pad], scale likewise
   cudaStream_t stream;
 };
 

@@ -21,29 +21,24 @@ struct Row {
 inline constexpr Row kTable[] = {
     // clang-format off
     // accumulation      M     N from    to    K from  kernel                               swizzle
-    {Accumulation::kFast, 16, 16384, kAny, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},    // ws 1.07-1.10
-    {Accumulation::kFast, 16, 3585, 6143, 8192, Kernel::fast_swap_ws_64x16x256_1x1, 1},  // pp 2x1 0.98-1.04
-    {Accumulation::kFast, 16, 3585, 6143, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},     // ws 1.03-1.07
-    {Accumulation::kFast, 16, 0, kAny, 0, Kernel::fast_swap_ws_64x16x256_1x1, 1},        // pp 2x1 1.00-1.03
-    {Accumulation::kFast, 32, 0, 2048, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},        // ws 64x32 1.08
-    {Accumulation::kFast, 32, 0, 3584, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // pp 64x32 1.05
-    {Accumulation::kFast, 32, 0, kAny, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},        // ws 64x32 0.99-1.08
-    {Accumulation::kFast, 64, 0, 3584, 0, Kernel::fast_swap_ws_64x32x256_1x1, 1},        // pp 64x32 1.00-1.02
-    {Accumulation::kFast, 64, 0, kAny, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},        // 64x32 1.07-1.19
-    {Accumulation::kFast, 128, 0, 2048, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},       // ws 64x32 1.02, 64x64 1.04-1.08
-    {Accumulation::kFast, 128, 0, 3584, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},       // 64x64x128 1.04
-    {Accumulation::kFast, 128, 0, 6143, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.10-1.17
-    {Accumulation::kFast, 128, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 1.01-1.02
-    {Accumulation::kFast, 256, 0, 2048, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},       // 64x64x128 1.01
-    {Accumulation::kFast, 256, 6144, 16383, 0, Kernel::fast_pp_128x128x128_1x1, 1},      // swapped 64x128 1.01
-    {Accumulation::kFast, 256, 0, kAny, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1 1.03-1.05
-    {Accumulation::kFast, 512, 0, 6143, 8192, Kernel::fast_pp_128x128x128_1x1, 1},       // swapped 64x128 1.02
-    {Accumulation::kFast, 512, 0, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1, 128x128 1.04-1.06
-    {Accumulation::kFast, 512, 16384, kAny, 0, Kernel::fast_pp_128x128x128_1x2, 4},      // 1x1 0.98-1.02
-    {Accumulation::kFast, 2048, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 128x256 1.00-1.5
-    {Accumulation::kFast, kAny, 0, 2048, 0, Kernel::fast_pp_128x128x128_1x2, 1},         // 1x1 1.0-1.07
+    {Accumulation::kFast, 16, 0, 2048, 0, Kernel::fast_swap_ws_64x16x256_1x1, 1},        // pp 2x1 1.05-1.07
+    {Accumulation::kFast, 16, 0, kAny, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},        // ws 1.00-1.11
+    {Accumulation::kFast, 32, 0, 2048, 0, Kernel::fast_swap_pp_64x16x256_2x1, 1},        // ws 64x16 1.06
+    {Accumulation::kFast, 32, 0, kAny, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},        // ws 64x32 1.02-1.12
+    {Accumulation::kFast, 64, 0, 3584, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},        // 64x64 1.03, ws 64x32 1.01-1.07
+    {Accumulation::kFast, 64, 0, kAny, 0, Kernel::fast_swap_pp_64x64x256_1x1, 1},        // 64x32 1.05-1.16
+    {Accumulation::kFast, 128, 0, 2048, 0, Kernel::fast_swap_pp_64x32x256_1x1, 1},       // ws 64x32 1.05, 64x64 1.08
+    {Accumulation::kFast, 128, 0, 6143, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.01-1.17
+    {Accumulation::kFast, 128, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 1.01-1.03
+    {Accumulation::kFast, 256, 0, 2048, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.03
+    {Accumulation::kFast, 256, 3585, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},   // 64x128 2x1 1.04-1.11
+    {Accumulation::kFast, 256, 6144, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},       // swapped 64x128 1.02-1.06
+    {Accumulation::kFast, 512, 0, 3584, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 0.99-1.04
+    {Accumulation::kFast, 2048, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 1x2 1.00-1.09, 128x256 1.01-1.05
+    {Accumulation::kFast, kAny, 0, 3584, 0, Kernel::fast_pp_128x128x128_1x2, 1},         // 1x1 1.00-1.05
     {Accumulation::kFast, kAny, 6144, 16383, 6144, Kernel::fast_coop_128x256x128_2x1, 4},// 128x128 0.94-1.16: power decides
-    {Accumulation::kFast, kAny, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 4},         // 1x2 0.99-1.02
+    {Accumulation::kFast, kAny, 16384, kAny, 0, Kernel::fast_pp_128x128x128_1x2, 1},     // 1x1 1.00-1.02
+    {Accumulation::kFast, kAny, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 4},         // 1x2 0.99-1.01
 
     {Accumulation::kPromoted, 64, 0, kAny, 0, Kernel::promoted_swap_pp_64x32x128_1x1, 1},    // 128x128 1.5-2.2
     {Accumulation::kPromoted, 128, 0, 6143, 0, Kernel::promoted_swap_pp_64x32x128_1x1, 1},   // 128x128 1.1-1.8
@@ -75,11 +70,14 @@ constexpr bool every_shape_has_a_row() {
 }
 static_assert(every_shape_has_a_row(), "a shape without a row, or a kernel of the wrong kind");
 
-// Up to here the GEMM starts while the quantize kernel still runs (programmatic dependent launch).
-// Prototype on an H200, 2026-11-22: 5-30 % of a GEMM up to M = 128, most on small weights; about
-// even at 256; above, blocks that wait keep the multiprocessors from the quantize kernel, and an
-// MLP block at M = 1024 lost 18 us.
-inline constexpr int kDependentMaxM = 128;
+// Whether the GEMM starts while the quantize kernel still runs (programmatic dependent launch).
+// H200, 2026-11-22, an MLP block with and without, us: 1280-3420 at M = 1024 37.5 and 39.0, at 4096
+// 106.5 and 108.6; 4096-14336 at M = 256 70.1 and 66.4, at 1024 203 and 190, at 4096 835 and 736. At
+// M <= 128 it saves 5-30 % of a GEMM.
+inline bool starts_early(int m, int n, int k) {
+  constexpr int64_t kSmallWeight = 8 << 20;
+  return m <= 128 || int64_t{n} * k <= kSmallWeight;
+}
 
 struct Choice {
   Kernel kernel;

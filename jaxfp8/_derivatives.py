@@ -1,0 +1,125 @@
+"""The operations with their derivative rules: straight-through in x, refused in FP8 operands."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxfp8 import _dispatch, _xla
+from jaxfp8._vmap import fold_rows
+from jaxfp8.padded import PaddedKernel
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32
+
+
+@functools.cache
+def matmul_operation(activation, out_dtype, promoted, implementation):
+    """`(lhs, rhs, lhs_scale, rhs_scale, bias) -> [M, N]`, differentiable in the last three."""
+    static = dict(activation=activation, out_dtype=out_dtype, promoted=promoted)
+
+    @fold_rows(rows=(True, False, None, False, False))
+    def primal(lhs, rhs, lhs_scale, rhs_scale, bias):
+        return _dispatch.call(
+            "scaled_matmul", implementation, lhs, rhs, lhs_scale, rhs_scale, bias, **static
+        )
+
+    operation = jax.custom_jvp(primal)
+
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        lhs, rhs, *floats = primals
+        if not _is_zero(tangents[:2]):
+            raise TypeError(
+                "`lhs` and `rhs` of `scaled_matmul` are float8_e4m3fn and cannot be "
+                "differentiated. Differentiate `fp8_dense` with respect to x, or wrap them in "
+                "`jax.lax.stop_gradient`."
+            )
+        reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
+        _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
+        return operation(*primals), tangent
+
+    return operation
+
+
+@functools.cache
+def dense_operation(activation, out_dtype, promoted, implementation):
+    """`(x, kernel, bias, x_scale) -> [M, N]`, differentiable in x and bias."""
+
+    @fold_rows(rows=(True, False, False, False))
+    def primal(x, kernel, bias, x_scale):
+        return _dispatch.call(
+            "dense",
+            implementation,
+            x,
+            kernel.qvalue,
+            kernel.scale,
+            bias,
+            x_scale,
+            out_features=kernel.out_features,
+            activation=activation,
+            out_dtype=out_dtype,
+            promoted=promoted,
+        )
+
+    operation = jax.custom_jvp(primal)
+
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        x, kernel, bias, x_scale = primals
+        x_dot, kernel_dot, bias_dot, _ = tangents
+        if not _is_zero(kernel_dot):
+            raise TypeError(
+                "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
+                "To train the layer give it a float `param_dtype` (for example jnp.float32); to "
+                "train something else beside it, pass `jax.lax.stop_gradient(params)`."
+            )
+        y = operation(*primals)
+        # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
+        y_dot = jnp.zeros((x.shape[0], kernel.out_features), jnp.float32)
+        if not _is_zero(x_dot):
+            y_dot += _tangent_matmul(x_dot, kernel)
+        if bias is not None and not _is_zero(bias_dot):
+            y_dot += bias_dot
+        return y, activation_jvp(
+            activation,
+            out_dtype,
+            y_dot,
+            lambda: dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)(
+                *primals
+            ),
+        )
+
+    return operation
+
+
+def activation_jvp(activation, out_dtype, pre_dot, pre):
+    """The tangent past the activation; `pre()` recomputes the float32 pre-activation."""
+    if activation is None:
+        return pre_dot.astype(out_dtype)
+    _, y_dot = jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))
+    return y_dot.astype(out_dtype)
+
+
+def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
+    """`x_dot @ kernel.dequantize()`. e4m3 is exact in x's dtype, so only the scale waits."""
+    qvalue = kernel.qvalue.astype(x_dot.dtype)
+    y_dot = _xla.contract(_xla.pad_last(x_dot, qvalue.shape[1]), qvalue) * kernel.scale
+    return y_dot[:, : kernel.out_features]
+
+
+def _is_zero(tangents: Any) -> bool:
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return all(isinstance(t, SymbolicZero) for t in leaves)
+
+
+def _instantiate(primals: Any, tangents: Any) -> tuple:
+    def one(p, t):
+        return jnp.zeros_like(p) if isinstance(t, SymbolicZero) else t
+
+    return tuple(jax.tree.map(one, tuple(primals), tuple(tangents)))
