@@ -37,6 +37,8 @@ FROM_TABLE = np.int32(-1)
 # to 8 of them, whose numbers are rounded up to be alike (`cuda/src/direct_store.cuh`).
 TMA_BYTES = 16
 ROW_CLASSES = 8
+# What this package asks of the handlers; `kCalls` in `cuda/src/handlers.cc` says what they accept.
+CALLS = 2
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -76,6 +78,9 @@ def plugin() -> Plugin:
         return Plugin(path, {}, f"the library {path} cannot be opened: {error}. {HOW_TO_INSTALL}")
     if problem := check_ffi_version(build["ffi"], jaxlib_ffi_version()):
         return Plugin(path, build, problem)
+    if build.get("calls", 1) < CALLS:
+        why = f"the library {path} is older than this jaxfp8 and refuses some of its calls."
+        return Plugin(path, build, f"{why} {HOW_TO_INSTALL}")
     for target in TARGETS:
         stages = {
             stage: jax.ffi.pycapsule(getattr(library, f"{target}_{stage}"))

@@ -210,7 +210,7 @@ def _describe_build(build: dict[str, Any], ffi: tuple[int, int]) -> str:
         parts.insert(0, f"CUDA {build['cuda'] // 1000}.{build['cuda'] % 1000 // 10}")
     if "kernels" in build:
         parts.append(f"{len(build['kernels'])} kernels")
-    known = ("ffi", "cuda", "kernels")
+    known = ("calls", "ffi", "cuda", "kernels")
     parts += [f"{name} {value}" for name, value in build.items() if name not in known]
     return "built with " + ", ".join(parts)
 

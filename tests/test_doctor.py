@@ -20,7 +20,13 @@ from jaxfp8.matmul import fp8_dense
 
 # The function of the same name may hide the module on the package.
 module = importlib.import_module("jaxfp8.doctor")
-BUILD = {"ffi": [0, 3], "cuda": 13000, "cutlass": "4.2.0", "kernels": ["a", "b"]}
+BUILD = {
+    "calls": _cutlass.CALLS,
+    "ffi": [0, 3],
+    "cuda": 13000,
+    "cutlass": "4.2.0",
+    "kernels": ["a", "b"],
+}
 
 
 def search_anew(monkeypatch):
@@ -130,6 +136,15 @@ def test_a_plugin_for_a_newer_ffi_is_named_and_not_registered(monkeypatch):
     assert lines[0] == "found at /somewhere/libjaxfp8_cuda13.so"
     assert "XLA FFI 0.99 (jaxlib here: 0.3)" in lines[1]
     assert lines[2] == reason
+
+
+def test_a_plugin_that_refuses_our_calls_is_named_and_not_registered(monkeypatch):
+    registered = []
+    fake_library(monkeypatch, {**BUILD, "calls": _cutlass.CALLS - 1}, registered)
+    see_gpu(monkeypatch, "9.0", default=True)
+    name, reason = module._implementation_here()
+    assert (name, registered) == ("xla", [])
+    assert "libjaxfp8_cuda13.so is older than this jaxfp8" in reason and "`make cuda`" in reason
 
 
 def test_a_plugin_that_fits_is_registered_and_described(monkeypatch):

@@ -163,8 +163,8 @@ struct Gemm {
       args.epilogue.dD = cute::make_stride(cute::_1{}, tma_pitch, int64_t{0});
     } else {
       // The tiles of the last class begin all but one step early, and have as much further to go.
-      int const columns = p.classes.count > 1 ? p.n + kAlignOut - p.classes.step : p.n;
-      args.problem_shape = {rows, columns, p.k, p.classes.count};
+      int const further = p.classes.count > 1 ? kAlignOut - p.classes.step : 0;
+      args.problem_shape = {rows, p.n + further, p.k, p.classes.count};
       args.mainloop.dA = cute::make_stride(int64_t{p.k}, cute::_1{}, int64_t{p.k} * rows);
       args.epilogue.dD = cute::make_stride(tma_pitch, cute::_1{}, int64_t{0});
     }
@@ -176,7 +176,8 @@ struct Gemm {
     params.prefetch = Prefetch(p, Device::get_grid_shape(params));
     if (direct.out != nullptr) {
       // Every store of CUTLASS's own but that of out[0, 0] is clipped away. It writes 16 bytes, all
-      // of them right if the row has as many (else: epilogue.cuh).
+      // of them right if the row has as many (else: epilogue.cuh). The buffer has as many: XLA's
+      // are multiples of more.
       params.epilogue.tma_store_d = store_of(p, direct.out, tma_pitch, 1, 1);
     }
     if (p.classes.count > 1) {

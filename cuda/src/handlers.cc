@@ -99,7 +99,7 @@ ffi::Error launch_gemm(GemmProblem& p, Choice choice, Out out, int device) {
   return ffi::Error::Success();
 }
 
-constexpr int64_t kMaxSize = 0x7fffffff;
+constexpr int64_t kMaxSize = 0x7fffffff - 1024;  // rounded up to tiles, still an int
 
 enum class Stage { kInitialize, kExecute };
 
@@ -257,11 +257,15 @@ JAXFP8_HANDLER(jaxfp8_dense_v1_initialize, dense<Stage::kInitialize>,
 JAXFP8_HANDLER(jaxfp8_dense_v1_execute, dense<Stage::kExecute>, bind_dense(ffi::Ffi::Bind()),
                {ffi::Traits::kCmdBufferCompatible});
 
+// Raised when the handlers accept calls that they refused before: jaxfp8/_cutlass.py says what it
+// needs. 2: the scratch of the dense call may have more rows than x.
+constexpr int kCalls = 2;
+
 // What the library is, as JSON: read by jaxfp8/_cutlass.py before anything is registered.
 extern "C" __attribute__((visibility("default"))) char const* jaxfp8_build_info() {
   static std::string const info = [] {
     std::ostringstream json;
-    json << "{\"ffi\": [" << XLA_FFI_API_MAJOR << ", " << XLA_FFI_API_MINOR
+    json << "{\"calls\": " << kCalls << ", \"ffi\": [" << XLA_FFI_API_MAJOR << ", " << XLA_FFI_API_MINOR
          << "], \"cuda\": " << CUDART_VERSION;
 #ifdef JAXFP8_CUTLASS_VERSION
     json << ", \"cutlass\": \"" JAXFP8_CUTLASS_VERSION "\"";

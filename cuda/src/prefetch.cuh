@@ -28,7 +28,7 @@ struct Prefetch {
     if (p.dependent) {
       int64_t const bytes = std::min(int64_t{p.n} * p.k, kWeightBytes);
       int64_t const share = bytes / (int64_t{1} * grid.x * grid.y * grid.z);
-      weight_bytes_a_block = static_cast<uint32_t>(share / 128 * 128);
+      weight_bytes_a_block = static_cast<uint32_t>(std::min(share / 128 * 128, kBytesABlock));
     }
   }
 
@@ -49,7 +49,7 @@ struct Prefetch {
 
  private:
   static constexpr int kLine = 32;  // floats
-  static constexpr int64_t kWeightBytes = 4 << 20;
+  static constexpr int64_t kWeightBytes = 4 << 20, kBytesABlock = 64 << 10;
   static int lines_of(int n) { return (n + kLine - 1) / kLine; }
 };
 
