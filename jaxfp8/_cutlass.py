@@ -180,8 +180,7 @@ def dense(
 ) -> Float[Array, "M N"]:
     """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
     m, k_pad = x.shape[0], qvalue.shape[1]
-    aligned = out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0
-    rows = m if aligned else (m + ROW_CLASSES - 1) // ROW_CLASSES * ROW_CLASSES
+    rows = scratch_rows(m, out_features, out_dtype)
     out, _, _ = _call(
         DENSE_TARGET,
         [
@@ -196,6 +195,13 @@ def dense(
         promoted=np.int32(promoted),
     )
     return out
+
+
+def scratch_rows(m: Any, out_features: int, out_dtype: Any) -> Any:
+    """The rows of the dense call's scratch: M, or whole classes of rows. M may be symbolic."""
+    if out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0:
+        return m
+    return (m + ROW_CLASSES - 1) // ROW_CLASSES * ROW_CLASSES
 
 
 def _call(target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any):

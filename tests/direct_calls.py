@@ -84,8 +84,7 @@ def dense(
     Where rows are stored by classes (N unaligned), the scratch has more rows, in their order.
     """
     m, n = x.shape[0], weight.out_features
-    aligned = n * jnp.dtype(out_dtype).itemsize % _cutlass.TMA_BYTES == 0
-    rows = m if aligned else -(-m // _cutlass.ROW_CLASSES) * _cutlass.ROW_CLASSES
+    rows = _cutlass.scratch_rows(m, n, out_dtype)
     results = [
         jax.ShapeDtypeStruct((m, n if width is None else width), out_dtype),
         jax.ShapeDtypeStruct((rows, weight.qvalue.shape[1]), weight.qvalue.dtype),

@@ -28,17 +28,19 @@ struct Prefetch {
     if (p.dependent) {
       int64_t const bytes = std::min(int64_t{p.n} * p.k, kWeightBytes);
       int64_t const share = bytes / (int64_t{1} * grid.x * grid.y * grid.z);
-      weight_bytes_a_block = static_cast<uint32_t>(std::min(share / 128 * 128, kBytesABlock));
+      weight_bytes_a_block = static_cast<uint32_t>(share / 128 * 128);
     }
   }
 
   CUTLASS_DEVICE void operator()() const {
     int const thread = threadIdx.x, block = blockIdx.x + gridDim.x * blockIdx.y;
     int const blocks = gridDim.x * gridDim.y;
-    if (thread == 0 && weight_bytes_a_block != 0) {
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                       weight + int64_t{block} * weight_bytes_a_block),
-                   "r"(weight_bytes_a_block));
+    if (thread == 0) {
+      char const* const share = weight + int64_t{block} * weight_bytes_a_block;
+      for (uint32_t at = 0; at < weight_bytes_a_block; at += kBytesAtOnce) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(share + at),
+                     "r"(min(weight_bytes_a_block - at, kBytesAtOnce)));
+      }
     } else if (thread >= 32 && thread < 96) {
       int const which = thread / 32 - 1;
       for (int line = block + thread % 32 * blocks; line < lines[which]; line += 32 * blocks) {
@@ -49,7 +51,8 @@ struct Prefetch {
 
  private:
   static constexpr int kLine = 32;  // floats
-  static constexpr int64_t kWeightBytes = 4 << 20, kBytesABlock = 64 << 10;
+  static constexpr int64_t kWeightBytes = 4 << 20;
+  static constexpr uint32_t kBytesAtOnce = 64 << 10;  // one instruction of megabytes is untried
   static int lines_of(int n) { return (n + kLine - 1) / kLine; }
 };
 

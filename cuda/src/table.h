@@ -17,7 +17,8 @@ struct Row {
 
 // Evidence: one H200, 2026-11-22, `python -m benchmarks gemm --kernels all`: CUDA-graph replay,
 // interleaved, weights rotated past the L2, 60 shapes, dependent launch where the layer uses it.
-// The last column: (time of the runner-up named / this kernel's) at the shapes of the row.
+// The last column: (time of the runner-up named / this kernel's) at the shapes of the row. "ws
+// 64x32", warp-specialized without a second consumer, lost everywhere and is compiled no more.
 inline constexpr Row kTable[] = {
     // clang-format off
     // accumulation      M     N from    to    K from  kernel                               swizzle
