@@ -30,9 +30,12 @@ def logical(seed: int, k: int = K, n: int = N) -> dict:
 
 
 def sharded(on: Mesh, specs, k: int = K, n: int = N, *, per_channel: bool = True) -> dict:
-    kernel = PaddedKernel.from_dense(weight(k, n), per_channel=per_channel)
+    # Made where the mesh is: a CPU array that came from a GPU may be a view of the host's memory,
+    # whose donation is a copy.
+    with jax.default_device(on.devices.flat[0]):
+        kernel = PaddedKernel.from_dense(weight(k, n), per_channel=per_channel)
+        tree = {"kernel": kernel, "norm": jnp.zeros(8)}
     qspec, sspec = specs
-    tree = {"kernel": kernel, "norm": jnp.zeros(8)}
     specs = {
         "kernel": PaddedKernel(qspec, sspec if per_channel else PartitionSpec(), k, n),
         "norm": PartitionSpec("x"),
