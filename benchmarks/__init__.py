@@ -1,1 +1,1 @@
-"""Measurements beside the peers: `python -m benchmarks gemm|layer|reload`, on Hopper GPUs."""
+"""Measurements beside the peers: `python -m benchmarks`, on Hopper GPUs."""

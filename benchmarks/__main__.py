@@ -1,4 +1,4 @@
-"""`python -m benchmarks gemm|layer|reload [--help]`, from the root of a checkout."""
+"""`python -m benchmarks BENCHMARK [--help]`, from the root of a checkout."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import gemm, layer, reload
+from benchmarks import accuracy, gemm, layer, reload, stack, tune
 
 
-BENCHMARKS = {"gemm": gemm, "layer": layer, "reload": reload}
+BENCHMARKS = {
+    "gemm": gemm,
+    "layer": layer,
+    "stack": stack,
+    "reload": reload,
+    "accuracy": accuracy,
+    "tune": tune,
+}
+# The others measure no time.
+TIMED = ("gemm", "layer", "stack", "reload")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default=Path(__file__).parent / "results",
             help="folder for the JSON and the plots (default: benchmarks/results)",
         )
-        command.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+        if name in TIMED:
+            command.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
         module.add_arguments(command)
     options = parser.parse_args(arguments)
     return BENCHMARKS[options.benchmark].run(options)

@@ -53,13 +53,28 @@ class Prepared:
     copies: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Who takes part beside the table's kernel with fast accumulation.
+
+    Attributes:
+        peers: torch's products.
+        kernels: whether a compiled kernel is timed by itself, by its name and M.
+        promoted_from: the M from which promoted accumulation takes part.
+    """
+
+    peers: bool = True
+    kernels: Callable[[str, int], bool] = lambda kernel, m: False
+    promoted_from: int = PROMOTED_FROM_ROWS
+
+
 class Bench:
     """Prepares shapes; weights are kept while consecutive shapes share them."""
 
-    def __init__(self, peak: Peak, *, all_kernels: bool):
+    def __init__(self, peak: Peak, selection: Selection):
         self.library = Library()
         self.peak = peak
-        self.all_kernels = all_kernels
+        self.selection = selection
         self._weights: tuple[tuple[int, int], Weights] | None = None
         # Each capture collects garbage; what the imports made need not be looked at again.
         gc.freeze()
@@ -104,18 +119,21 @@ class Bench:
         def ours(**options: Any) -> Callable[[int], Any]:
             return lambda i: self.library.gemm(*operands.scaled(i), out, **options)
 
+        promoted = shape.m >= self.selection.promoted_from
         yield "ours", ours(), reference.scaled
-        yield "ours_alone", ours(dependent=False), reference.scaled
-        yield "cublaslt", operands.per_tensor(fast=True), reference.unscaled
-        yield "rowwise", operands.rowwise, reference.scaled
-        yield "bf16", operands.bf16_product, reference.bf16_product
-        if shape.m >= PROMOTED_FROM_ROWS or self.all_kernels:
+        if self.selection.peers:
+            yield "ours_alone", ours(dependent=False), reference.scaled
+            yield "cublaslt", operands.per_tensor(fast=True), reference.unscaled
+            yield "rowwise", operands.rowwise, reference.scaled
+            yield "bf16", operands.bf16_product, reference.bf16_product
+        if promoted:
             yield "ours_promoted", ours(promoted=True), reference.scaled
+        if promoted and self.selection.peers:
             yield "cublaslt_exact", operands.per_tensor(fast=False), reference.unscaled
-        if self.all_kernels:
-            for index, name in enumerate(self.library.kernels):
-                promoted = name.startswith("promoted")
-                yield f"kernel {name}", ours(kernel=index, promoted=promoted), reference.scaled
+        for index, name in enumerate(self.library.kernels):
+            exact = name.startswith("promoted")
+            if self.selection.kernels(name, shape.m) and (promoted or not exact):
+                yield f"kernel {name}", ours(kernel=index, promoted=exact), reference.scaled
 
 
 def _rotating(launch: Callable[[int], Any], copies: int) -> Callable[[int], Any]:

@@ -12,6 +12,8 @@ from jaxfp8.padded import padded_size
 
 INSTRUCTION = re.compile(r"= f8e4m3fn\[([\d,]*)\]\S* ([\w-]+)\(")
 CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
+# Older XLA writes them into the program; since 2025 it forms them later, and the text has none.
+COMMAND_BUFFER = re.compile(r"to_apply=%?command_buffer")
 # These name a buffer and move no bytes.
 FREE = {"parameter", "get-tuple-element", "bitcast", "tuple"}
 
@@ -36,3 +38,8 @@ def read(text: str, blocks: Iterable[tuple[int, int]]) -> dict[str, Any]:
         "custom_calls": dict(collections.Counter(CUSTOM_CALL.findall(text))),
         "operations_on_fp8_weights": dict(touched),
     }
+
+
+def command_buffers(text: str) -> int:
+    """How many command buffers (CUDA graphs) an optimized module calls, where its text says so."""
+    return len(COMMAND_BUFFER.findall(text))

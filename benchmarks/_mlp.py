@@ -87,7 +87,7 @@ def dense_params(features: int, hidden: int, layers: int) -> dict[str, Any]:
 
 def fp8_params(params: dict[str, Any]) -> dict[str, Any]:
     """The same weights for PaddedFP8Dense."""
-    return {name: _fp8_block(block) for name, block in params.items()}
+    return {name: fp8_layers(block) for name, block in params.items()}
 
 
 def flax_variables(stack: nn.Module, params: dict[str, Any], x: jax.Array) -> dict[str, Any]:
@@ -109,26 +109,29 @@ def stacked(params: dict[str, Any]) -> dict[str, Any]:
     return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
+def dense_layer(key: jax.Array, k: int, n: int) -> dict[str, jax.Array]:
+    """The parameters of one nn.Dense in bfloat16: kernel `[k, n]` and bias `[n]`."""
+    kernel_key, bias_key = jax.random.split(key)
+    # Drawn in float32: bfloat16 normals take 256 values, whose e4m3 rounding errors add up
+    # over K instead of cancelling (a block 4096-14336 was 7 % off its peer, not 4 %).
+    kernel = jax.random.normal(kernel_key, (k, n)) * k**-0.5
+    bias = jax.random.normal(bias_key, (n,)) / 8
+    return {"kernel": kernel.astype(jnp.bfloat16), "bias": bias.astype(jnp.bfloat16)}
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _dense_block(key: jax.Array, features: int, hidden: int) -> dict[str, Any]:
-    def dense(key: jax.Array, k: int, n: int) -> dict[str, jax.Array]:
-        kernel_key, bias_key = jax.random.split(key)
-        # Drawn in float32: bfloat16 normals take 256 values, whose e4m3 rounding errors add up
-        # over K instead of cancelling (a block 4096-14336 was 7 % off its peer, not 4 %).
-        kernel = jax.random.normal(kernel_key, (k, n)) * k**-0.5
-        bias = jax.random.normal(bias_key, (n,)) / 8
-        return {"kernel": kernel.astype(jnp.bfloat16), "bias": bias.astype(jnp.bfloat16)}
-
     up, down = jax.random.split(key)
-    return {"up": dense(up, features, hidden), "down": dense(down, hidden, features)}
+    return {"up": dense_layer(up, features, hidden), "down": dense_layer(down, hidden, features)}
 
 
 @jax.jit
-def _fp8_block(block: dict[str, Any]) -> dict[str, Any]:
+def fp8_layers(layers: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of several nn.Dense as PaddedFP8Dense has them."""
     return {
         name: {
             "kernel": PaddedKernel.from_dense(dense["kernel"]),
             "bias": dense["bias"].astype(jnp.float32),
         }
-        for name, dense in block.items()
+        for name, dense in layers.items()
     }

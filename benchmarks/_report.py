@@ -65,6 +65,11 @@ def ratio_cell(ratio: float | None) -> Cell:
     return f"{ratio:.2f}", "green" if ratio >= 1 else "red" if ratio < 0.95 else ""
 
 
+def number(value: float | None, digits: int) -> str:
+    """The number with that many digits after the point; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 class Progress:
     """A line on stderr for each of `total` steps, with the time so far and to come."""
 

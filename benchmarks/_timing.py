@@ -44,6 +44,17 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+def mean_and_worst(ratios: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Geometric mean and least of the ratios of shapes, each with its shape's name; not empty."""
+    worst_shape, worst = min(ratios, key=lambda item: item[1])
+    return {
+        "geometric_mean": geometric_mean(ratio for _, ratio in ratios),
+        "worst": worst,
+        "worst_shape": worst_shape,
+        "shapes": len(ratios),
+    }
+
+
 def warm_up(contestants: Mapping[str, Contestant], seconds: float) -> None:
     """Run all in turn for a while, so that clocks have settled before the first round."""
     end = time.perf_counter() + seconds

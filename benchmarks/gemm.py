@@ -3,6 +3,11 @@
 Device time: CUDA graphs of launches on weights rotated past the L2 cache, normal random data,
 contestants in turn forwards and backwards in one process, the median of pairwise ratios. Every
 result is compared with float32 first; one that is wrong is not timed, and the exit code is 1.
+
+`--between` times no peers, but the kernel that the table picks beside all of the same accumulation
+(but those that `_between.is_worth_timing` calls hopeless), at shapes that the table was not made
+from: promoted ones from M = 512 on, and every other M of each weight in turn, to take minutes and
+not tens of them. `--all` leaves out neither.
 """
 
 from __future__ import annotations
@@ -17,12 +22,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _report, shapes
+from benchmarks import _between, _report, _table, shapes
 from benchmarks._plot import heat_map
 from benchmarks._timing import (
     Contestant,
-    geometric_mean,
     interleave,
+    mean_and_worst,
     pairwise_ratio,
     wall_contestant,
     warm_up,
@@ -45,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="table",
         help="all: time every compiled kernel for each shape too, to choose the table's rows",
     )
+    parser.add_argument("--between", action="store_true", help="the table at shapes off the grid")
+    parser.add_argument("--all", action="store_true", help="with --between: every shape")
     parser.add_argument("--quantize", action="store_true", help="the quantize kernel too (GPU)")
 
 
@@ -54,22 +61,29 @@ def run(options: argparse.Namespace) -> int:
     if on_gpu:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is torch's
         peak = shapes.peak_of(_report.gpu_name() or "")
-        prepare = _gpu_preparation(peak, options.kernels == "all")
+        prepare = _gpu_preparation(peak, options)
         if not peak.known:
             print("This GPU's peak is not in benchmarks/shapes.py: the bound is that of an H200.")
     else:
         peak, prepare = None, _prepare_on_cpu
         print(_report.NO_GPU)
     todo = _shapes(options, on_gpu)
+    every_kernel = options.between or options.kernels == "all"
+    table = _table.read() if every_kernel else []
     rows = []
     for shape in _report.Progress(len(todo)).steps(todo):
         rows.append(measure(shape, peak, prepare(shape), options.rounds))
+        if every_kernel:
+            rows[-1]["chosen"] = _between.chosen(table, shape)
+        if options.between:
+            rows[-1]["between"] = _between.compare(rows[-1])
         for name, fault in rows[-1]["faults"].items():
             _report.Progress.say(f"    {name}: {fault}")
-    summary = summarise(rows)
+    summary = _between.summarise(rows) if options.between else summarise(rows)
     quantize = _quantize_rows(options.rounds) if on_gpu and options.quantize else []
+    name = "gemm-between" if options.between else "gemm"
     content = {
-        "benchmark": "gemm",
+        "benchmark": name,
         "is_gpu_number": on_gpu,
         "environment": _report.environment(),
         "peak": peak and dataclasses.asdict(peak),
@@ -78,11 +92,15 @@ def run(options: argparse.Namespace) -> int:
         "shapes": rows,
         "quantize": quantize,
     }
-    _print(rows, summary)
-    path = _report.write_json(options.out, "gemm", content)
+    (_between.show if options.between else _print)(rows, summary)
+    path = _report.write_json(options.out, name, content)
     if on_gpu:
         place = content["environment"]
-        heat_map(rows, f"{place['gpu']}, {place['date'][:10]}", path.with_suffix(".png"))
+        title, picture = f"{place['gpu']}, {place['date'][:10]}", path.with_suffix(".png")
+        if options.between:
+            heat_map(rows, title, picture, _between.PANELS, _between.panel_value, _between.SPAN)
+        else:
+            heat_map(rows, title, picture)
     faults = [name for row in rows for name in row["faults"]]
     wrong = any(name.startswith(("ours", "kernel")) for name in faults)
     return int(wrong or any(row["wrong_codes"] for row in quantize))
@@ -129,15 +147,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Geometric mean and worst ratio of each peer over the shapes where it was timed."""
     summary = {}
     for peer in (*PEERS, *(f"{peer}, alone" for peer in PEERS), "cublaslt_exact"):
-        timed = [row for row in rows if peer in row["ratios"]]
-        if timed:
-            worst = min(timed, key=lambda row: row["ratios"][peer])
-            summary[peer] = {
-                "geometric_mean": geometric_mean(row["ratios"][peer] for row in timed),
-                "worst": worst["ratios"][peer],
-                "worst_shape": str(Gemm(worst["m"], worst["n"], worst["k"])),
-                "shapes": len(timed),
-            }
+        ratios = [
+            (str(Gemm(row["m"], row["n"], row["k"])), row["ratios"][peer])
+            for row in rows
+            if peer in row["ratios"]
+        ]
+        if ratios:
+            summary[peer] = mean_and_worst(ratios)
     return summary
 
 
@@ -180,6 +196,8 @@ def _print(rows: Sequence[dict[str, Any]], summary: dict[str, dict[str, Any]]) -
 def _shapes(options: argparse.Namespace, on_gpu: bool) -> list[Gemm]:
     if options.shapes:
         return [Gemm.parse(text) for text in options.shapes.split(",")]
+    if options.between:
+        return _between.todo(everything=options.all, on_gpu=on_gpu)
     ms, weights = shapes.GEMM_ROWS, shapes.GEMM_WEIGHTS
     if options.quick:
         ms, weights = shapes.QUICK_GEMM_ROWS, shapes.QUICK_GEMM_WEIGHTS
@@ -198,10 +216,16 @@ def _torch_sees_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def _gpu_preparation(peak: Peak, all_kernels: bool) -> Callable[[Gemm], Any]:
-    from benchmarks._gemm_torch import Bench
+def _gpu_preparation(peak: Peak, options: argparse.Namespace) -> Callable[[Gemm], Any]:
+    from benchmarks._gemm_torch import Bench, Selection
 
-    return Bench(peak, all_kernels=all_kernels).prepare
+    selection = Selection()
+    if options.between:
+        start = 1 if options.all else shapes.PROMOTED_FROM_ROWS
+        selection = Selection(False, _between.is_worth_timing, start)
+    elif options.kernels == "all":
+        selection = Selection(kernels=lambda kernel, m: True, promoted_from=1)
+    return Bench(peak, selection).prepare
 
 
 def _quantize_rows(rounds: int) -> list[dict[str, Any]]:

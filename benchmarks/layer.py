@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _hlo, _mlp, _report, _trace, shapes
-from benchmarks._timing import calls_for, interleave, pairwise_ratio, wall_contestant
-from jaxfp8._cutlass import problem
+from benchmarks import _clocks, _device, _hlo, _mlp, _report, shapes
 
 
-TRACE_ROUNDS = 5
-TRACE_CALLS = 3
-WALL_READING_SECONDS = 0.02
 # Both operands rounded to 3 mantissa bits: about 0.04 for each product. Two blocks exchanged give
 # 0.3, scales twice too large more.
 ERROR_LIMIT = 0.1
@@ -36,7 +30,9 @@ Block = tuple[int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", help="M,M,... instead of 1,16,32,...,8192")
+    parser.add_argument(
+        "--rows", type=shapes.parse_sizes, help="M,M,... instead of 1,16,32,...,8192"
+    )
     parser.add_argument("--quick", action="store_true", help="M = 16 and 1024 alone")
     parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product too")
     parser.add_argument("--no-trace", action="store_true", help="wall time alone")
@@ -59,15 +55,12 @@ class Contestant:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write; 1 if a result was wrong."""
-    on_gpu = problem() is None
-    if not on_gpu:
-        print(_report.NO_GPU if jax.default_backend() == "cpu" else problem())
+    on_gpu = _device.is_measured()
     groups = shapes.LAYER_GROUPS if on_gpu else shapes.CPU_LAYER_GROUPS
     ms = shapes.LAYER_ROWS if on_gpu else shapes.CPU_LAYER_ROWS
     if options.quick:
         ms = shapes.QUICK_LAYER_ROWS
-    if options.rows:
-        ms = tuple(int(m) for m in options.rows.split(","))
+    ms = options.rows or ms
     cases = [(group, m) for group in groups for m in ms]
     progress = _report.Progress(len(cases))
     rows: list[dict[str, Any]] = []
@@ -85,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         "benchmark": "layer",
         "is_gpu_number": on_gpu,
         "environment": _report.environment(jax.devices()[0].device_kind),
-        "rounds": {"wall": options.rounds, "busy": TRACE_ROUNDS},
+        "rounds": {"wall": options.rounds, "busy": _clocks.TRACE_ROUNDS},
         "rows": rows,
     }
     _print(rows)
@@ -99,64 +92,40 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each block: its contestants' times, and their ratios to FP8's."""
     outputs = {c.name: np.asarray(c.call()).astype(np.float32) for c in contestants}
-    walls = {
-        c.name: wall_contestant(c.call, calls_for(c.call, WALL_READING_SECONDS), c.layers)
-        for c in contestants
-    }
-    seconds = {"wall": interleave(walls, rounds), "busy": {}}
-    kernels: dict[str, float] = {}
-    largest: dict[str, dict[str, dict[str, float]]] = {}
-    if trace:
-        calls = {c.name: c.call for c in contestants}
-        busy = _trace.measure_busy(calls, TRACE_ROUNDS, TRACE_CALLS)
-        for c in contestants:
-            parts = TRACE_CALLS * c.layers
-            seconds["busy"][c.name] = [b.seconds / parts for b in busy[c.name]]
-            kernels[c.name] = statistics.median(b.kernels.total() / parts for b in busy[c.name])
-            largest[c.name] = {
-                name[:400]: {
-                    "launches": busy[c.name][0].kernels[name] / parts,
-                    "microseconds": 1e6 * seconds / parts,
-                }
-                for name, seconds in busy[c.name][0].seconds_of.most_common(8)
-            }
+    calls = {c.name: c.call for c in contestants}
+    clocked = _clocks.measure(calls, {c.name: c.layers for c in contestants}, rounds, trace=trace)
     rows = []
     for block in dict.fromkeys(c.block for c in contestants):
         own = {c.kind: c for c in contestants if c.block == block}
         row: dict[str, Any] = {"features": block[0], "hidden": block[1], "m": m}
         row["layers"] = own["fp8"].layers
         row["errors"] = {
-            kind: relative_error(outputs[c.name], outputs[own["bf16"].name])
+            kind: _clocks.relative_error(outputs[c.name], outputs[own["bf16"].name])
             for kind, c in own.items()
             if kind != "bf16"
         }
         row["microseconds"], row["ratios"], row["to_the_last_of_the_group"] = {}, {}, {}
-        for clock, times in seconds.items():
+        for clock, times in clocked.seconds.items():
             if times:
                 row["microseconds"][clock] = {
-                    kind: 1e6 * statistics.median(times[c.name]) for kind, c in own.items()
+                    kind: clocked.microseconds(c.name)[clock] for kind, c in own.items()
                 }
                 row["ratios"][clock] = {
-                    kind: pairwise_ratio(times[c.name], times[own["fp8"].name])
+                    kind: clocked.ratio(c.name, own["fp8"].name)[clock]
                     for kind, c in own.items()
                     if kind != "fp8"
                 }
                 # 3420 beside 3424: what the padding costs.
                 row["to_the_last_of_the_group"][clock] = {
-                    c.kind: pairwise_ratio(times[own[c.kind].name], times[c.name])
+                    c.kind: clocked.ratio(own[c.kind].name, c.name)[clock]
                     for c in contestants
                     if c.block == contestants[-1].block and c.block != block
                 }
-        row["kernels"] = {kind: kernels.get(c.name) for kind, c in own.items()}
-        row["largest_kernels"] = {kind: largest.get(c.name) for kind, c in own.items()}
+        row["kernels"] = {kind: clocked.kernels(c.name) for kind, c in own.items()}
+        row["largest_kernels"] = {kind: clocked.largest(c.name) for kind, c in own.items()}
         row["hlo"] = {kind: c.hlo for kind, c in own.items()}
         rows.append(row)
     return rows
-
-
-def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
-    """||result - expected|| / ||expected||."""
-    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 
 def _label(case: tuple[tuple[Block, ...], int]) -> str:
@@ -200,10 +169,10 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         line += [f"{times['fp8']:.1f}", f"{times['bf16']:.1f}"]
         line += [_report.ratio_cell(row["ratios"][clock].get(kind)) for kind in kinds]
         line.append(f"{row['errors']['fp8']:.3f}")
-        line += [_number(row["kernels"][kind], 1) for kind in ("fp8", "bf16")]
+        line += [_report.number(row["kernels"][kind], 1) for kind in ("fp8", "bf16")]
         line += [f"{wall['fp8']:.1f}", f"{wall['bf16']:.1f}"]
         line.append(_report.ratio_cell(row["ratios"]["wall"]["bf16"]))
-        line += [_number(to_aligned.get(kind), 3) for kind in ("fp8", "bf16")]
+        line += [_report.number(to_aligned.get(kind), 3) for kind in ("fp8", "bf16")]
         lines.append(line)
     meaning = "device-busy unless it says wall" if clock == "busy" else "wall"
     title = f"MLP block, microseconds a block ({meaning})"
@@ -229,7 +198,3 @@ def _programs(rows: Sequence[dict[str, Any]]) -> list[tuple[Block, str, dict[str
         if kind in ("fp8", "scanned")
     }
     return [(block, kind, hlo) for (block, kind), hlo in last.items()]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -24,6 +24,28 @@ QUICK_GEMM_ROWS = (16, 128, 1024, 8192)
 QUICK_GEMM_WEIGHTS = ((3424, 1280), (4096, 14336), (28672, 4096))
 CPU_GEMM_ROWS = (1, 16)
 CPU_GEMM_WEIGHTS = ((64, 32), (48, 96))
+# Between the grid: the dense layers of Llama-3-8B and -70B and Qwen2.5-7B (query and key, MLP), the
+# MLP of Qwen2.5-VL's vision tower (3420 wide, padded) with its attention, and DeepSeek-V3's first
+# projection, 2112 wide.
+BETWEEN_ROWS: Rows = (3, 7, 17, 33, 48, 100, 200, 300, 700, 1500, 3000, 6000)
+BETWEEN_WEIGHTS: Sizes = (
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (1024, 8192),
+    (28672, 8192),
+    (8192, 28672),
+    (3584, 3584),
+    (512, 3584),
+    (18944, 3584),
+    (3584, 18944),
+    (1280, 1280),
+    (3424, 1280),
+    (1280, 3424),
+    (2112, 7168),
+)
 # Accumulation in float32 registers matters to prefill; below this M both kinds wait for memory.
 PROMOTED_FROM_ROWS = 512
 
@@ -36,6 +58,21 @@ CPU_LAYER_ROWS = (1, 5)
 CPU_LAYER_GROUPS = (((32, 64),), ((20, 44), (20, 48)))
 # Rows at which a stack is also measured under `nn.scan`.
 SCANNED_ROWS = (16, 1024)
+
+# A stack of dense layers, one after another: layer i takes as many features as the one before gave,
+# and the widths repeat.
+STACK_LAYERS = 16
+STACK_ROWS: Rows = (1, 16, 64, 256)
+STACKS: Sizes = ((4096, 4096), (1280, 3420))
+CPU_STACK_LAYERS = 4
+CPU_STACK_ROWS = (1, 5)
+CPU_STACKS = ((32, 32), (20, 44))
+
+# Errors of products of `side` rows and as many output features, over K.
+ACCURACY_KS = (1024, 4096, 8192, 16384)
+ACCURACY_SIDE = 256
+CPU_ACCURACY_KS = (64, 256)
+CPU_ACCURACY_SIDE = 16
 
 # Llama-3-8B (its config.json): hidden_size 4096, 8 key/value heads of 128, intermediate_size
 # 14336, 32 layers, vocabulary 128256. (in_features, out_features) of each dense weight.
@@ -86,6 +123,11 @@ def peak_of(gpu: str) -> Peak:
         if name in gpu:
             return peak
     return dataclasses.replace(PEAKS["H200"], known=False)
+
+
+def parse_sizes(text: str) -> Rows:
+    """`M,M,...`, a command's `--rows`, or K the same way."""
+    return tuple(int(size) for size in text.split(","))
 
 
 @dataclasses.dataclass(frozen=True)

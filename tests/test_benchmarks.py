@@ -13,7 +13,18 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
     sys.path.append(ROOT)
 
-from benchmarks import _hlo, _report, _timing, _trace, gemm, reload, shapes  # noqa: E402
+from benchmarks import (  # noqa: E402
+    _clocks,
+    _graphs,
+    _hlo,
+    _plot,
+    _report,
+    _timing,
+    _trace,
+    gemm,
+    reload,
+    shapes,
+)
 from benchmarks.shapes import Gemm  # noqa: E402
 
 
@@ -135,13 +146,15 @@ def test_the_summary_names_the_worst_shape():
     }
 
 
-def event(name, start, duration):
-    return SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
+def event(name, start, duration, **stats):
+    return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats.items())
 
 
-def profile(lines):
+def profile(lines, host=()):
     lines = [SimpleNamespace(name=name, events=events) for name, events in lines.items()]
-    return SimpleNamespace(planes=[SimpleNamespace(name="/device:GPU:0", lines=lines)])
+    threads = [SimpleNamespace(name="python", events=list(host))]
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=lines)]
+    return SimpleNamespace(planes=[*planes, SimpleNamespace(name="/host:CPU", lines=threads)])
 
 
 def test_busy_time_is_the_union_over_streams_and_bursts_are_told_apart():
@@ -158,8 +171,64 @@ def test_busy_time_is_the_union_over_streams_and_bursts_are_told_apart():
     assert dict(groups[0].kernels) == {"gemm": 2, "quantize": 1}
 
 
+def test_kernels_of_graphs_and_what_the_host_says_of_them():
+    ms = 1e6
+    kernels = [event("gemm", 5 * ms, ms, cuda_graph_id=7), event("copy", 6 * ms, ms)]
+    kernels += [event("gemm", 50 * ms, ms, cuda_graph_id=0)]
+    host = [
+        event("cuGraphLaunch (CudaGraph:7)", 4 * ms, 10),
+        event("command_buffer::update", 3 * ms, 10),
+        event("command_buffer::execute", 4 * ms, 10),
+        event("WARNING: CommandBuffer disabled when profiling", 49 * ms, 10),
+        event("cuGraphLaunch", 90 * ms, 10),  # nothing ran after it
+    ]
+    made = profile({"Stream #1": kernels}, host)
+    groups = _trace.split(_trace.device_events(made, graphs=True), pause=0.02)
+    assert [_trace.busy(group).in_graphs for group in groups] == [1, 0]
+    assert not any(event.in_graph for event in _trace.device_events(made))
+    marks = _trace.assign(_trace.host_marks(made), groups)
+    assert marks == [{"launched": 1, "updated": 1}, {"not used in a profile": 1}]
+
+
+def test_both_clocks_count_by_parts_of_a_call(monkeypatch):
+    kernels = {"ours": {"gemm": 6 * _clocks.TRACE_CALLS}, "peer": {"copy": 3 * _clocks.TRACE_CALLS}}
+
+    def busy(name, seconds):
+        counted = _trace.collections.Counter(kernels[name])
+        marks = _trace.collections.Counter(updated=_clocks.TRACE_CALLS)
+        spent = dict.fromkeys(counted, seconds)
+        return _trace.Busy(seconds, counted, spent, counted["gemm"] // 2, marks)
+
+    seconds = {"ours": 1e-3 * _clocks.TRACE_CALLS, "peer": 3e-3 * _clocks.TRACE_CALLS}
+    profiles = {name: [busy(name, s)] * _clocks.TRACE_ROUNDS for name, s in seconds.items()}
+    monkeypatch.setattr(_trace, "measure_busy", lambda *arguments, **options: profiles)
+    monkeypatch.setattr(_clocks, "WALL_READING_SECONDS", 1e-4)
+    calls = {"ours": lambda: 0, "peer": lambda: 0}
+    clocked = _clocks.measure(calls, {"ours": 2, "peer": 1}, rounds=3, trace=True)
+    assert clocked.microseconds("ours")["busy"] == pytest.approx(500)
+    assert clocked.ratio("peer", "ours")["busy"] == pytest.approx(6)
+    assert (clocked.kernels("ours"), clocked.kernels("peer")) == (3, 3)
+    assert (clocked.in_graphs("ours"), clocked.in_graphs("peer")) == (0.5, 0)
+    assert clocked.marks("ours")["updated"] == 1 and clocked.marks("ours")["launched"] == 0
+    assert clocked.largest("ours")["gemm"] == {"launches": 3, "microseconds": pytest.approx(500)}
+    alone = _clocks.measure(calls, {"ours": 2, "peer": 1}, rounds=3, trace=False)
+    assert set(alone.microseconds("ours")) == {"wall"}
+    assert alone.kernels("ours") is alone.in_graphs("ours") is alone.marks("ours") is None
+
+
+def test_whether_graphs_are_used_in_a_word():
+    unused = {"launched": 0.0, "updated": 0.0, "not used in a profile": 0.0}
+    assert _graphs.captured(0.75, unused, 0) == "75%"
+    assert _graphs.captured(0.0, unused | {"not used in a profile": 3.0}, 0) == "not in profiles"
+    assert _graphs.captured(0.0, unused, 2) == "in the program"
+    assert _graphs.captured(0.0, unused, 0) == "no"
+    assert _graphs.captured(None, None, 0) == "-"
+    text = "ROOT %call.4 = bf16[5,48]{1,0} call(%p), to_apply=%command_buffer.1, metadata={}"
+    assert _hlo.command_buffers(text) == 1
+
+
 def test_rounds_of_a_profile_go_to_their_contestants(monkeypatch):
-    def fake(runs, calls, pause):
+    def fake(runs, calls, pause, graphs):
         # Each burst is as long as the number its contestant gives.
         return [_trace.Event("kernel", i * 1e9, i * 1e9 + run()) for i, run in enumerate(runs)]
 
@@ -196,6 +265,20 @@ def test_an_fp8_weight_that_is_moved_is_seen_in_the_program():
         "custom_calls": {"ours_v1": 2},
         "operations_on_fp8_weights": {"transpose": 1, "fusion": 1},
     }
+
+
+def test_pictures_hold_what_they_are_given(tmp_path):
+    rows = [{"m": m, "n": 64, "k": 32, "ratios": {"bf16": 1.5}, "bound_share": 0.5} for m in (1, 8)]
+    assert [_plot.grid_value(rows[0], panel) for panel in ("bf16", "share", "rowwise")] == [
+        1.5,
+        0.5,
+        None,
+    ]
+    path = _plot.heat_map(rows, "title", tmp_path / "grid.png")
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+    lines = {"ours": [(64.0, 1e-3), (128.0, 2e-3)]}
+    path = _plot.curves({"a": lines, "b": lines}, 2, "K", "error", "title", tmp_path / "lines.png")
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plain_text_where_rich_is_missing(monkeypatch, capsys):

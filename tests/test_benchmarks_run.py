@@ -16,12 +16,24 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
     sys.path.append(ROOT)
 
-from benchmarks import _mlp, _report, layer, reload, shapes  # noqa: E402
+from benchmarks import (  # noqa: E402
+    _clocks,
+    _dense_stack,
+    _device,
+    _graphs,
+    _mlp,
+    _report,
+    accuracy,
+    layer,
+    reload,
+    shapes,
+    stack,
+)
 from benchmarks.__main__ import main  # noqa: E402
 
 
 def read(folder, name):
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.json")
     assert path.name == f"{name}-cpu.json"
     content = json.loads(path.read_text())
     assert content["benchmark"] == name and content["is_gpu_number"] is False
@@ -34,7 +46,8 @@ def read(folder, name):
 def on_cpu(monkeypatch):
     """The benchmarks take this for a machine without a GPU, wherever the tests run."""
     monkeypatch.setattr(_report, "_nvidia_smi", lambda: (None, None))
-    monkeypatch.setattr(layer, "problem", lambda: "no GPU")
+    monkeypatch.setattr(_device, "problem", lambda: "no GPU")
+    monkeypatch.setattr(_clocks, "WALL_READING_SECONDS", 0.001)
     monkeypatch.setattr(reload.jax, "default_backend", lambda: "cpu")
 
 
@@ -58,7 +71,6 @@ def test_a_wrong_product_is_not_timed(tmp_path, capsys, on_cpu, monkeypatch):
 
 def test_layer_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
     monkeypatch.setattr(shapes, "CPU_LAYER_GROUPS", (((20, 44), (20, 48)),))
-    monkeypatch.setattr(layer, "WALL_READING_SECONDS", 0.001)
     options = ["--rows", "5", "--rounds", "3", "--out", str(tmp_path), "--peers"]
     assert main(["layer", *options]) == 0
     assert "They are no GPU numbers" in capsys.readouterr().out or jax.default_backend() != "cpu"
@@ -88,10 +100,111 @@ def test_wrong_weights_are_told_from_the_rounding_of_fp8():
     apply = jax.jit(_mlp.Stack(20, 44, "fp8", 2).apply)
     expected = np.float32(_mlp.Stack(20, 44, "bf16", 2).apply({"params": dense}, x))
     right, *wrong = (
-        layer.relative_error(np.float32(apply({"params": params}, x)), expected)
+        _clocks.relative_error(np.float32(apply({"params": params}, x)), expected)
         for params in (fp8, exchanged, doubled)
     )
     assert right < layer.ERROR_LIMIT < 0.3 < min(wrong), (right, wrong)
+
+
+def test_gemm_between_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
+    monkeypatch.setattr(shapes, "CPU_GEMM_ROWS", (5,))
+    assert main(["gemm", "--between", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "They are no GPU numbers" in printed and "no compiled kernels" in printed
+    content = read(tmp_path, "gemm-between")
+    assert content["summary"] == {} and len(content["shapes"]) == len(shapes.CPU_GEMM_WEIGHTS)
+    for row in content["shapes"]:
+        assert row["chosen"]["promoted"]["kernel"].startswith("promoted_") and row["between"] == {}
+
+
+def test_stack_end_to_end(tmp_path, capsys, on_cpu):
+    assert main(["stack", "--rows", "5", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    assert "They are no GPU numbers" in capsys.readouterr().out or jax.default_backend() != "cpu"
+    rows = read(tmp_path, "stack")["rows"]
+    assert [row["widths"] for row in rows] == [[32], [20, 44]]
+    for row in rows:
+        # Four products of 0.04 each.
+        assert 0.02 < row["error"] < 0.15 and row["layers"] == shapes.CPU_STACK_LAYERS
+        wall = {kind: times["wall"] for kind, times in row["microseconds"].items()}
+        assert min(wall.values()) > 0 and row["bf16_over_ours"]["wall"] > 0
+        assert row["wall_over_busy"] == dict.fromkeys(wall)  # no trace, no busy time
+        assert row["graphs"]["fp8"] == {"share": None, "marks": None, "in_program": 0}
+
+
+def test_a_stack_of_wrong_weights_is_told_from_rounding():
+    widths = _dense_stack.widths((20, 44), 4)
+    assert widths == (20, 44, 20, 44, 20)
+    dense = _dense_stack.dense_params(widths)
+    fp8 = _mlp.fp8_layers(dense)
+    x = jax.random.normal(jax.random.key(2), (5, 20), jnp.bfloat16)
+    apply = jax.jit(_dense_stack.DenseStack(widths, "fp8").apply)
+    expected = np.float32(_dense_stack.DenseStack(widths, "bf16").apply({"params": dense}, x))
+    exchanged = {**fp8, "dense_0": fp8["dense_2"], "dense_2": fp8["dense_0"]}
+    right, wrong = (
+        _clocks.relative_error(np.float32(apply({"params": params}, x)), expected)
+        for params in (fp8, exchanged)
+    )
+    assert right < stack.ERROR_LIMIT < 1 < wrong
+
+
+def test_flags_reach_a_child_of_their_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    known = {"known": "--xla_gpu_graph_min_graph_size=1"}
+    monkeypatch.setattr(_graphs, "SETTINGS", {**known, "unknown": "--xla_no_such_flag=1"})
+    options = ["--graphs", "--rows", "2", "--rounds", "1", "--out", str(tmp_path)]
+    assert main(["stack", *options]) == 1
+    printed = capsys.readouterr()
+    assert "They are no GPU numbers" in printed.out
+    assert "XLA_FLAGS='--xla_no_such_flag=1' failed" in printed.err
+    settings = read(tmp_path, "stack-graphs")["settings"]
+    assert settings["unknown"]["rows"] is None
+    assert settings["known"]["flags"] == known["known"]
+    assert [row["m"] for row in settings["known"]["rows"]] == [2, 2]
+
+
+def test_accuracy_end_to_end(tmp_path, capsys, on_cpu):
+    assert main(["accuracy", "--k", "512", "--out", str(tmp_path)]) == 0
+    assert "They are no GPU numbers" in capsys.readouterr().out or jax.default_backend() != "cpu"
+    assert (tmp_path / "accuracy-cpu.png").exists()
+    rows = {row["inputs"]: row["errors"] for row in read(tmp_path, "accuracy")["rows"]}
+    assert set(rows) == {"independent", "coherent", "outliers"}
+    for errors in rows.values():
+        assert set(errors) == {
+            *(f"ours {sums}, {by}" for sums in ("fast", "promoted") for by in ("scaled", "tensor")),
+            "bf16",
+        }
+        # Without a tensor core sums are float32's, and what is left is bfloat16's rounding.
+        assert all(1e-3 < e["sums"] < 2.5e-3 for e in errors.values())
+        assert errors["bf16"]["error"] < 4e-3 < errors["ours promoted, scaled"]["error"] < 0.05
+    # One scale for all rows is set by the outlier, and the other rows fall under its steps.
+    outliers = rows["outliers"]
+    assert outliers["ours promoted, scaled"]["worst_row"] < 0.08
+    assert outliers["ours promoted, tensor"]["worst_row"] > 0.12
+
+
+def test_errors_are_relative_and_of_the_worst_row():
+    exact = np.array([[3.0, 4.0], [0.3, 0.4]])
+    result = exact + np.array([[0.0, 0.0], [0.3, 0.4]])
+    found = accuracy.errors(result, exact, result)
+    assert found["error"] == pytest.approx(0.5 / np.sqrt(25.25))
+    assert (found["sums"], found["worst_row"]) == (0.0, pytest.approx(1.0))
+    row = accuracy.measure("independent", 16, 64)
+    assert accuracy.is_right(row)
+    row["errors"]["ours promoted, scaled"]["sums"] = 0.02
+    assert not accuracy.is_right(row)
+    assert not accuracy.is_right(row | {"faults": {"ours fast, scaled": "launch failed"}})
+
+
+def test_the_peer_gets_the_same_bits():
+    def peer(x, w, x_scale, w_scale, *, fast):
+        if not fast and x_scale.ndim:
+            raise RuntimeError("no such kernel\nat a place")
+        return np.float32(x) * x_scale @ (np.float32(w) * np.reshape(w_scale, (-1, 1))).T
+
+    row = accuracy.measure("outliers", 16, 512, peer)
+    assert row["faults"] == {"torch promoted, scaled": "no such kernel"}
+    assert all(row["errors"][f"torch fast, {by}"]["sums"] < 1e-6 for by in ("scaled", "tensor"))
 
 
 def test_reload_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
