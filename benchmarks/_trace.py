@@ -184,9 +184,7 @@ def host_marks(profile: Any) -> list[Event]:
     ]
 
 
-def _profile(
-    runs: list[Callable[[], Any]], calls: int, pause: float, graphs: bool
-) -> list[Event]:
+def _profile(runs: list[Callable[[], Any]], calls: int, pause: float, graphs: bool) -> list[Event]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = int(graphs)  # 1 is the least that shows XLA's marks

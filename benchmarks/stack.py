@@ -111,7 +111,9 @@ def measure(
     outputs = {kind: np.asarray(c.call()).astype(np.float32) for kind, c in stack.items()}
     layers = len(widths) - 1
     calls = {kind: c.call for kind, c in stack.items()}
-    clocked = _clocks.measure(calls, dict.fromkeys(stack, layers), rounds, trace=trace, graphs=trace)
+    clocked = _clocks.measure(
+        calls, dict.fromkeys(stack, layers), rounds, trace=trace, graphs=trace
+    )
     microseconds = {kind: clocked.microseconds(kind) for kind in stack}
     sizes = list(zip(widths[:-1], widths[1:], strict=True))
     graphs: dict[str, dict[str, Any]] = {}

@@ -3,6 +3,8 @@
 from jaxfp8._dispatch import export_safety_checks as export_safety_checks
 from jaxfp8.doctor import Report as Report
 from jaxfp8.doctor import doctor as doctor
+from jaxfp8.inputs import QuantizedInput as QuantizedInput
+from jaxfp8.inputs import quantize_input as quantize_input
 from jaxfp8.linen import PaddedFP8Dense as PaddedFP8Dense
 from jaxfp8.matmul import fp8_dense as fp8_dense
 from jaxfp8.matmul import fp8_dense_float as fp8_dense_float

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxfp8._xla import ACTIVATIONS
+from jaxfp8.quantize import FP8_DTYPE, is_fp8
 
 
 if TYPE_CHECKING:
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
 # so that exported programs keep running.
 MATMUL_TARGET = "jaxfp8_scaled_matmul_v1"
 DENSE_TARGET = "jaxfp8_dense_v1"
-TARGETS = (MATMUL_TARGET, DENSE_TARGET)
+QUANTIZE_TARGET = "jaxfp8_quantize_v1"
+TARGETS = (MATMUL_TARGET, DENSE_TARGET, QUANTIZE_TARGET)
 COMPUTE_CAPABILITY = "9.0"
-# The attribute `kernel` of both targets: an index into the library's list of kernels, which tests
+# The attribute `kernel` of both products: an index into the library's list of kernels, which tests
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
 FROM_TABLE = np.int32(-1)
 # TMA addresses rows that begin at multiples of 16 bytes. Others are stored by classes of rows, up
 # to 8 of them, whose numbers are rounded up to be alike (`cuda/src/direct_store.cuh`).
 TMA_BYTES = 16
 ROW_CLASSES = 8
-# What this package asks of the handlers; `kCalls` in `cuda/src/handlers.cc` says what they accept.
-CALLS = 2
+# What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they accept.
+CALLS = 3
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -144,51 +146,23 @@ def problem() -> str | None:
 
 
 def scaled_matmul(
-    lhs: Float8e4m3fn[Array, "M K"],
-    rhs: Float8e4m3fn[Array, "N K"],
+    lhs: Float8e4m3fn[Array, "M K_pad"],
+    rhs: Float8e4m3fn[Array, "N_pad K_pad"],
     lhs_scale: Float32[Array, "..."],
     rhs_scale: Float32[Array, "..."],
     bias: Float32[Array, " N"] | None,
-    *,
-    activation: str | None,
-    out_dtype: Any,
-    promoted: bool,
-) -> Float[Array, "M N"]:
-    """`_xla.scaled_matmul` as a custom call."""
-    (out,) = _call(
-        MATMUL_TARGET,
-        [((lhs.shape[0], rhs.shape[0]), out_dtype)],
-        [lhs, rhs, lhs_scale, rhs_scale, _or_empty(bias)],
-        activation=_activation_code(activation),
-        kernel=FROM_TABLE,
-        promoted=np.int32(promoted),
-    )
-    return out
-
-
-def dense(
-    x: Float[Array, "M K"],
-    qvalue: Float8e4m3fn[Array, "N_pad K_pad"],
-    scale: Float32[Array, "..."],
-    bias: Float32[Array, " N"] | None,
-    x_scale: Float32[Array, ""] | None,
+    out_scale: Float32[Array, ""] | None = None,
     *,
     out_features: int,
     activation: str | None,
     out_dtype: Any,
     promoted: bool,
-) -> Float[Array, "M N"]:
-    """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
-    m, k_pad = x.shape[0], qvalue.shape[1]
-    rows = scratch_rows(m, out_features, out_dtype)
-    out, _, _ = _call(
-        DENSE_TARGET,
-        [
-            ((m, out_features), out_dtype),
-            ((rows, k_pad), qvalue.dtype),  # scratch: the quantized x
-            ((rows,), jnp.float32),  # scratch: its scales
-        ],
-        [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale)],
+) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
+    """`_xla.scaled_matmul` as a custom call."""
+    (out,) = _call(
+        MATMUL_TARGET,
+        [_result(lhs.shape[0], rhs, out_features, out_dtype)],
+        [lhs, rhs, lhs_scale, rhs_scale, _or_empty(bias), _or_empty(out_scale)],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
         kernel=FROM_TABLE,
@@ -197,9 +171,59 @@ def dense(
     return out
 
 
+def quantize_rows(
+    x: Float[Array, "M K"], x_scale: Float32[Array, ""] | None, *, width: int
+) -> tuple[Float8e4m3fn[Array, "M K_pad"], Float32[Array, "..."]]:
+    """`_xla.quantize_rows` as a custom call: one read of x, which stays in registers."""
+    m = x.shape[0]
+    qx, scale = _call(
+        QUANTIZE_TARGET,
+        [((m, width), FP8_DTYPE), ((m, 1), jnp.float32)],
+        [x, _or_empty(x_scale)],
+    )
+    return qx, scale if x_scale is None else x_scale
+
+
+def dense(
+    x: Float[Array, "M K"],
+    qvalue: Float8e4m3fn[Array, "N_pad K_pad"],
+    scale: Float32[Array, "..."],
+    bias: Float32[Array, " N"] | None,
+    x_scale: Float32[Array, ""] | None,
+    out_scale: Float32[Array, ""] | None = None,
+    *,
+    out_features: int,
+    activation: str | None,
+    out_dtype: Any,
+    promoted: bool,
+) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
+    """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
+    m, k_pad = x.shape[0], qvalue.shape[1]
+    rows = scratch_rows(m, out_features, out_dtype)
+    out, _, _ = _call(
+        DENSE_TARGET,
+        [
+            _result(m, qvalue, out_features, out_dtype),
+            ((rows, k_pad), qvalue.dtype),  # scratch: the quantized x
+            ((rows,), jnp.float32),  # scratch: its scales
+        ],
+        [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale), _or_empty(out_scale)],
+        out_features=np.int64(out_features),
+        activation=_activation_code(activation),
+        kernel=FROM_TABLE,
+        promoted=np.int32(promoted),
+    )
+    return out
+
+
+def _result(m: Any, qvalue: jax.Array, out_features: int, out_dtype: Any) -> tuple:
+    """Shape and dtype of a product: logical width, or padded as the next product reads it."""
+    return (m, qvalue.shape[0] if is_fp8(out_dtype) else out_features), out_dtype
+
+
 def scratch_rows(m: Any, out_features: int, out_dtype: Any) -> Any:
     """The rows of the dense call's scratch: M, or whole classes of rows. M may be symbolic."""
-    if out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0:
+    if is_fp8(out_dtype) or out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0:
         return m
     return (m + ROW_CLASSES - 1) // ROW_CLASSES * ROW_CLASSES
 

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxfp8 import _dispatch, _xla
 from jaxfp8._vmap import fold_rows
 from jaxfp8.padded import PaddedKernel
+from jaxfp8.quantize import is_fp8
 
 
 if TYPE_CHECKING:
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def matmul_operation(activation, out_dtype, promoted, implementation):
-    """`(lhs, rhs, lhs_scale, rhs_scale, bias) -> [M, N]`, differentiable in the last three."""
-    static = dict(activation=activation, out_dtype=out_dtype, promoted=promoted)
+def matmul_operation(out_features, activation, out_dtype, promoted, implementation):
+    """`(lhs, rhs, lhs_scale, rhs_scale, bias, out_scale) -> [M, N]`.
 
-    @fold_rows(rows=(True, False, None, False, False))
-    def primal(lhs, rhs, lhs_scale, rhs_scale, bias):
-        return _dispatch.call(
-            "scaled_matmul", implementation, lhs, rhs, lhs_scale, rhs_scale, bias, **static
-        )
+    Differentiable in the scales and the bias, if the result is a float.
+    """
+    static = dict(
+        out_features=out_features, activation=activation, out_dtype=out_dtype, promoted=promoted
+    )
+
+    @fold_rows(rows=(True, False, None, False, False, False))
+    def primal(*args):
+        return _dispatch.call("scaled_matmul", implementation, *args, **static)
 
     operation = jax.custom_jvp(primal)
 
@@ -36,10 +40,11 @@ def matmul_operation(activation, out_dtype, promoted, implementation):
         lhs, rhs, *floats = primals
         if not _is_zero(tangents[:2]):
             raise TypeError(
-                "`lhs` and `rhs` of `scaled_matmul` are float8_e4m3fn and cannot be "
-                "differentiated. Differentiate `fp8_dense` with respect to x, or wrap them in "
-                "`jax.lax.stop_gradient`."
+                "The operands of this product are float8_e4m3fn and cannot be differentiated. "
+                "Differentiate `fp8_dense` with respect to a float x, train a layer with a float "
+                "`param_dtype`, or wrap them in `jax.lax.stop_gradient`."
             )
+        _refuse_quantized_result(out_dtype)
         reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
         _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
         return operation(*primals), tangent
@@ -49,10 +54,10 @@ def matmul_operation(activation, out_dtype, promoted, implementation):
 
 @functools.cache
 def dense_operation(activation, out_dtype, promoted, implementation):
-    """`(x, kernel, bias, x_scale) -> [M, N]`, differentiable in x and bias."""
+    """`(x, kernel, bias, x_scale, out_scale) -> [M, N]`, differentiable in x and bias."""
 
-    @fold_rows(rows=(True, False, False, False))
-    def primal(x, kernel, bias, x_scale):
+    @fold_rows(rows=(True, False, False, False, False))
+    def primal(x, kernel, bias, x_scale, out_scale):
         return _dispatch.call(
             "dense",
             implementation,
@@ -61,6 +66,7 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             kernel.scale,
             bias,
             x_scale,
+            out_scale,
             out_features=kernel.out_features,
             activation=activation,
             out_dtype=out_dtype,
@@ -71,14 +77,15 @@ def dense_operation(activation, out_dtype, promoted, implementation):
 
     @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        x, kernel, bias, x_scale = primals
-        x_dot, kernel_dot, bias_dot, _ = tangents
+        x, kernel, bias, _, _ = primals
+        x_dot, kernel_dot, bias_dot, _, _ = tangents
         if not _is_zero(kernel_dot):
             raise TypeError(
                 "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
                 "To train the layer give it a float `param_dtype` (for example jnp.float32); to "
                 "train something else beside it, pass `jax.lax.stop_gradient(params)`."
             )
+        _refuse_quantized_result(out_dtype)
         y = operation(*primals)
         # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
         y_dot = jnp.zeros((x.shape[0], kernel.out_features), jnp.float32)
@@ -96,6 +103,36 @@ def dense_operation(activation, out_dtype, promoted, implementation):
         )
 
     return operation
+
+
+@functools.cache
+def quantize_operation(width, implementation):
+    """`(x, x_scale) -> (qx [M, width], scale [M, 1])`, or `(qx,)` with an x_scale."""
+
+    @fold_rows(rows=(True, False))
+    def primal(x, x_scale):
+        outs = _dispatch.call("quantize_rows", implementation, x, x_scale, width=width)
+        return outs if x_scale is None else outs[:1]
+
+    operation = jax.custom_jvp(primal)
+
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        raise TypeError(
+            "An input that is quantized once for several layers cannot be differentiated. Give "
+            "`fp8_dense` the float x, whose derivative is straight-through, or wrap x in "
+            "`jax.lax.stop_gradient`."
+        )
+
+    return operation
+
+
+def _refuse_quantized_result(out_dtype: Any) -> None:
+    if is_fp8(out_dtype):
+        raise TypeError(
+            "A quantized result (`out_scale`) cannot be differentiated. Leave `out_scale` out: the "
+            "next layer then quantizes a float, whose derivative is straight-through."
+        )
 
 
 def activation_jvp(activation, out_dtype, pre_dot, pre):

@@ -84,7 +84,7 @@ mlir.register_lowering(_require_cutlass_p, _lower_cuda, platform="cuda")
 
 
 def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """What to pass as `jax.export.export(f, disabled_checks=...)`: our two custom-call targets.
+    """What to pass as `jax.export.export(f, disabled_checks=...)`: our custom-call targets.
 
     JAX refuses to export a custom call whose target nobody vouches for. The targets carry a
     version in their names, and a library keeps its old handlers, so an artefact keeps running.

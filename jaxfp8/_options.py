@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxfp8 import _xla
+from jaxfp8.quantize import FP8_DTYPE, is_fp8
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 
 IMPLEMENTATIONS = (None, "cutlass", "xla")
@@ -84,3 +90,50 @@ def check_out_dtype(out_dtype: Any) -> Any:
             "result to anything else."
         )
     return dtype
+
+
+def check_result(out_dtype: Any, out_scale: Any) -> tuple[Any, Any, Any]:
+    """The result's dtype, the one it is computed in, and the scale that quantizes it, if any.
+
+    Raises:
+        TypeError, ValueError: if the dtype cannot be written, or does not go with `out_scale`.
+    """
+    if out_scale is None:
+        dtype = jnp.dtype(out_dtype)
+        if is_fp8(dtype):
+            raise ValueError(
+                f"`out_dtype` must be a float of 16 bits or more, but it is {dtype}, which "
+                "`fp8_dense` writes where it is given an `out_scale`: the static scale of the next "
+                "layer's input."
+            )
+        return dtype, check_out_dtype(jnp.float32 if dtype == jnp.float64 else dtype), None
+    if out_dtype is not None and not is_fp8(out_dtype):
+        raise ValueError(
+            f"`out_dtype` must be None or float8_e4m3fn with an `out_scale`, but it is "
+            f"{jnp.dtype(out_dtype)}."
+        )
+    out_scale = check_vector(out_scale, "out_scale", ((),), "one static scale")
+    return jnp.dtype(FP8_DTYPE), jnp.dtype(FP8_DTYPE), out_scale
+
+
+def check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[jax.Array, "..."]:
+    """`a` as float32, if it is a float array of one of `shapes`.
+
+    Raises:
+        TypeError: if it is no float of 16 bits or more.
+        ValueError: if its shape is none of `shapes`, whose `meaning` the message says.
+    """
+    dtype = jnp.result_type(a)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(f"`{name}` must be a float array, but it is {dtype}.")
+    if jnp.shape(a) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"`{name}` must have shape {wanted} ({meaning}), but its shape is {jnp.shape(a)}."
+        )
+    return jnp.asarray(a).astype(jnp.float32)
+
+
+def rows(lead: tuple) -> Any:
+    """M, also where a leading size is symbolic."""
+    return functools.reduce(lambda a, b: a * b, lead, 1)

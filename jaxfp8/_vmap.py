@@ -13,6 +13,8 @@ from jax.custom_batching import custom_vmap
 def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
     """Give `f(first, *rest)` a `vmap` rule that makes one large call out of a batch of rows.
 
+    The results, one or a tuple, are matrices with a row for each row of `first`.
+
     Args:
         rows: for each argument, whether its first axis is the rows M of the result. None: it is
             if the argument has an axis at all (a per-token scale), and else it is shared.
@@ -32,15 +34,17 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
                 for is_row, arg, b in zip(rows, args, batched, strict=True)
             ]
             if any(b and not fold for b, fold in zip(batched, foldable, strict=True)):
-                return _loop(wrapped, axis_size, in_batched, args), True
+                outs = _loop(wrapped, axis_size, in_batched, args)
+                return outs, jax.tree.map(lambda a: True, outs)
             folded = [
                 _fold(arg, b, axis_size) if fold else arg
                 for arg, b, fold in zip(args, batched, foldable, strict=True)
             ]
-            out = wrapped(*folded)
+            outs = wrapped(*folded)
             # Of one example; not -1, which a batch of none leaves undetermined.
             rows_each = args[0].shape[1 if batched[0] else 0]
-            return out.reshape(axis_size, rows_each, out.shape[-1]), True
+            shaped = jax.tree.map(lambda a: a.reshape(axis_size, rows_each, a.shape[-1]), outs)
+            return shaped, jax.tree.map(lambda a: True, outs)
 
         return wrapped
 
@@ -53,7 +57,7 @@ def _fold(arg: jax.Array, batched: bool, axis_size: int) -> jax.Array:
     return arg.reshape(-1, arg.shape[-1])
 
 
-def _loop(f: Callable, axis_size: int, in_batched: list, args: tuple) -> jax.Array:
+def _loop(f: Callable, axis_size: int, in_batched: list, args: tuple) -> Any:
     leaves, structure = jax.tree.flatten(list(args))
     flags = jax.tree.leaves(in_batched)
 

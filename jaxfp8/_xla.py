@@ -1,4 +1,4 @@
-"""The two operations in plain JAX: the reference, and what runs where CUTLASS cannot.
+"""The operations in plain JAX: the reference, and what runs where CUTLASS cannot.
 
 e4m3 fits bfloat16 exactly, and so does every product of two of them fit float32; so bfloat16
 operands with float32 accumulation are exact up to the order of the sums. Measured on a 2-core
@@ -31,17 +31,21 @@ ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
 
 
 def scaled_matmul(
-    lhs: Float8e4m3fn[Array, "M K"],
-    rhs: Float8e4m3fn[Array, "N K"],
+    lhs: Float8e4m3fn[Array, "M K_pad"],
+    rhs: Float8e4m3fn[Array, "N_pad K_pad"],
     lhs_scale: Float32[Array, "..."],
     rhs_scale: Float32[Array, "..."],
     bias: Float32[Array, " N"] | None,
+    out_scale: Float32[Array, ""] | None = None,
     *,
+    out_features: int,
     activation: str | None,
     out_dtype: Any,
     promoted: bool,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
     """`activation(lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)` in float32, rounded once.
+
+    With `out_scale` the result is quantized by it, and stays padded for the next product.
 
     On a CPU the accumulator is float32 either way. On a GPU XLA may see through the casts and take
     an FP8 product of cuBLASLt's, which it accumulates fast at DEFAULT precision alone.
@@ -50,8 +54,22 @@ def scaled_matmul(
     y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), precision)
     y = lhs_scale * (rhs_scale * y)
     if bias is not None:
-        y = y + bias
-    return ACTIVATIONS[activation](y).astype(out_dtype)
+        y = y + pad_last(bias, rhs.shape[0])
+    y = ACTIVATIONS[activation](y)
+    if out_scale is not None:
+        return cast_to_fp8(y, out_scale)
+    return y[:, :out_features].astype(out_dtype)
+
+
+def quantize_rows(
+    x: Float[Array, "M K"], x_scale: Float32[Array, ""] | None, *, width: int
+) -> tuple[Float8e4m3fn[Array, "M K_pad"], Float32[Array, "..."]]:
+    """x by a scale for each row or by `x_scale`, zero-padded to `width`, and that scale."""
+    if x_scale is None:
+        qx, scale = quantize(x, axis=-1)
+    else:
+        qx, scale = cast_to_fp8(x, x_scale), x_scale
+    return pad_last(qx, width), scale
 
 
 def dense(
@@ -60,31 +78,12 @@ def dense(
     scale: Float32[Array, "..."],
     bias: Float32[Array, " N"] | None,
     x_scale: Float32[Array, ""] | None,
-    *,
-    out_features: int,
-    activation: str | None,
-    out_dtype: Any,
-    promoted: bool,
-) -> Float[Array, "M N"]:
-    """Quantize and pad x, multiply, scale, add the bias, activate, and slice to N."""
-    if x_scale is None:
-        qx, lhs_scale = quantize(x, axis=-1)
-    else:
-        qx, lhs_scale = cast_to_fp8(x, x_scale), x_scale
-    qx = pad_last(qx, qvalue.shape[1])
-    if bias is not None:
-        bias = pad_last(bias, qvalue.shape[0])
-    y = scaled_matmul(
-        qx,
-        qvalue,
-        lhs_scale,
-        scale,
-        bias,
-        activation=activation,
-        out_dtype=out_dtype,
-        promoted=promoted,
-    )
-    return y[:, :out_features]
+    out_scale: Float32[Array, ""] | None = None,
+    **options: Any,
+) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
+    """`quantize_rows`, then `scaled_matmul`, whose options these are."""
+    qx, lhs_scale = quantize_rows(x, x_scale, width=qvalue.shape[1])
+    return scaled_matmul(qx, qvalue, lhs_scale, scale, bias, out_scale, **options)
 
 
 def contract(

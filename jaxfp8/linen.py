@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jaxfp8._layer_checks import (
+    check_dense,
+    check_float32,
+    check_not_deleted,
+    check_padded,
+    is_wide_float,
+)
+from jaxfp8.inputs import QuantizedInput, as_quantized_input
 from jaxfp8.matmul import fp8_dense, fp8_dense_float
-from jaxfp8.padded import PaddedKernel, check_kernel
+from jaxfp8.padded import PaddedKernel
 from jaxfp8.quantize import FP8_DTYPE, check_float, is_fp8
 
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float32
 
 
 Initializer = Callable[..., Any]
@@ -47,7 +56,8 @@ class PaddedFP8Dense(nn.Module):
     Attributes:
         features: N, the number of output features, at least 1.
         use_bias: whether to add a bias.
-        dtype: dtype to which the input is cast, and of the result. None: the input's dtype.
+        dtype: dtype to which the input is cast, and of the result. None: the input's dtype, or
+            bfloat16 for an input already quantized.
         param_dtype: `jnp.float8_e4m3fn`, or a float dtype of 16 bits or more.
         precision: as `fp8_dense` takes it; None follows `jax_default_matmul_precision`.
         kernel_init: initializer of the logical `[K, N]` weight. The boxes of
@@ -91,13 +101,13 @@ class PaddedFP8Dense(nn.Module):
                 )
         if self.features < 1:
             raise ValueError(f"`features` must be at least 1, but it is {self.features}.")
-        if not is_fp8(self.param_dtype) and not _is_wide_float(self.param_dtype):
+        if not is_fp8(self.param_dtype) and not is_wide_float(self.param_dtype):
             raise TypeError(
                 "`param_dtype` must be float8_e4m3fn (to serve) or a float of 16 bits or more (to "
                 f"train), but it is {_dtype_name(self.param_dtype)}. Other 8-bit formats are not "
                 "supported for weights."
             )
-        if self.dtype is not None and not _is_wide_float(self.dtype):
+        if self.dtype is not None and not is_wide_float(self.dtype):
             raise TypeError(
                 "`dtype` must be None (the input's) or a float of 16 bits or more, but it is "
                 f"{_dtype_name(self.dtype)}. It is the dtype of the result; the product is in "
@@ -106,8 +116,38 @@ class PaddedFP8Dense(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*lead K"]) -> Float[Array, "*lead N"]:
-        """Apply the layer over the last axis of `inputs`, a float array of any rank from 1."""
+    def __call__(self, inputs: Any, *, out_scale: Float32[Array, ""] | None = None) -> Any:
+        """Apply the layer over the last axis of `inputs`.
+
+        Args:
+            inputs: float array `[*lead, K]` of 16 bits or more, of any rank from 1. With FP8
+                parameters also one already quantized, as `fp8_dense` takes it: a QuantizedInput,
+                or a pair `(qx, scale)`.
+            out_scale: float32 `[]`, with FP8 parameters: the scale by which the result is
+                quantized in the same kernel, for the next layer.
+
+        Returns:
+            `[*lead, N]` of `dtype`, or a QuantizedInput of N features if `out_scale` was given.
+
+        Raises:
+            TypeError: if `inputs` is no such array, or something is to be quantized for a layer
+                whose `param_dtype` is a float.
+            ValueError: if a shape does not fit, `dtype` is set beside `out_scale`, or
+                `static_x_scale` for an input that has its own scale.
+        """
+        options = {
+            "activation": self.activation,
+            "precision": self.precision,
+            "implementation": self.implementation,
+        }
+        dtype = None if self.dtype is None else jax.dtypes.canonicalize_dtype(self.dtype)
+        quantized = isinstance(inputs, QuantizedInput | tuple)
+        if quantized or out_scale is not None:
+            self._check_quantized(quantized, out_scale)
+        if quantized:
+            x: Any = as_quantized_input(inputs, "inputs")
+            kernel, bias, _ = self._padded_params(x.features)
+            return fp8_dense(x, kernel, bias, out_dtype=dtype, out_scale=out_scale, **options)
         check_float(inputs, "inputs")
         x = jnp.asarray(inputs)
         if x.ndim < 1 or x.shape[-1] < 1:
@@ -115,25 +155,43 @@ class PaddedFP8Dense(nn.Module):
                 "`inputs` must have shape [*lead, in_features] with at least one feature, but its "
                 f"shape is {x.shape}."
             )
-        if self.dtype is not None:
-            x = x.astype(jax.dtypes.canonicalize_dtype(self.dtype))
-        options = {
-            "activation": self.activation,
-            "precision": self.precision,
-            "implementation": self.implementation,
-        }
+        x = x if dtype is None else x.astype(dtype)
         if not is_fp8(self.param_dtype):
             kernel, bias = self._float_params(x.shape[-1])
             return fp8_dense_float(x, kernel, bias, **options)
         kernel, bias, x_scale = self._padded_params(x.shape[-1])
-        return fp8_dense(x, kernel, bias, x_scale=x_scale, **options)
+        return fp8_dense(x, kernel, bias, x_scale=x_scale, out_scale=out_scale, **options)
+
+    def _check_quantized(self, quantized: bool, out_scale: Any) -> None:
+        """Refuse a quantized input or result that does not go with the layer's own options."""
+        if not is_fp8(self.param_dtype):
+            what = "a quantized `inputs`" if quantized else "`out_scale`"
+            raise TypeError(
+                f"PaddedFP8Dense takes {what} only to serve, but its `param_dtype` is "
+                f"{jnp.dtype(self.param_dtype)}: to train, float values go from layer to layer, "
+                "and each quantizes its own input. Leave it out, or give the layer "
+                "`param_dtype=jnp.float8_e4m3fn`."
+            )
+        if quantized and self.static_x_scale:
+            raise ValueError(
+                "`static_x_scale` must be False for an `inputs` that is quantized, which has its "
+                "own scale. Give the layer the float, or quantize it by the layer's scale, "
+                '`quantize_input(x, x_scale=params["x_scale"])`, and leave `static_x_scale` out.'
+            )
+        if out_scale is not None and self.dtype is not None:
+            raise ValueError(
+                f"`dtype` must be None with an `out_scale`, because the result is float8_e4m3fn, "
+                f"but it is {jnp.dtype(self.dtype)}."
+            )
 
     def _padded_params(self, in_features: int) -> tuple[PaddedKernel, Any, Any]:
-        self._check_existing("kernel", self._check_padded, in_features)
-        self._check_existing("bias", _check_float32, (self.features,))
-        self._check_existing("x_scale", _check_float32, ())
+        sizes = (in_features, self.features)
+        check_kernel = functools.partial(check_padded, per_channel=self.per_channel)
+        self._check_existing("kernel", check_kernel, sizes)
+        self._check_existing("bias", check_float32, (self.features,))
+        self._check_existing("x_scale", check_float32, ())
         # The order is nn.Dense's: Flax numbers the keys it draws for initializers.
-        kernel = self.param("kernel", self._init_padded, (in_features, self.features))
+        kernel = self.param("kernel", self._init_padded, sizes)
         bias = x_scale = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
@@ -145,8 +203,8 @@ class PaddedFP8Dense(nn.Module):
 
     def _float_params(self, in_features: int) -> tuple[Any, Any]:
         shape = (in_features, self.features)
-        self._check_existing("kernel", _check_dense, shape)
-        self._check_existing("bias", _check_dense, (self.features,))
+        self._check_existing("kernel", check_dense, shape)
+        self._check_existing("bias", check_dense, (self.features,))
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
             return kernel, None
@@ -157,40 +215,8 @@ class PaddedFP8Dense(nn.Module):
         if self.has_variable("params", name):
             value = meta.map_axis_meta(_bare, self.get_variable("params", name))
             path = "/".join((*self.path, name))
-            if any(map(_is_deleted, jax.tree.leaves(value))):
-                raise RuntimeError(
-                    f"Parameter `{path}` has been deleted: the tree was donated, to "
-                    "`reload_params` perhaps. Use the tree that came back from there."
-                )
+            check_not_deleted(value, path)
             check(value, path, expected)
-
-    def _check_padded(self, kernel: Any, path: str, in_features: int) -> None:
-        if not isinstance(kernel, PaddedKernel):
-            raise TypeError(
-                f"Parameter `{path}` must be a PaddedKernel, because `param_dtype` is "
-                f"float8_e4m3fn, but it is {_describe(kernel)}. Load weights into the tree with "
-                "`update_params(params, loaded)`, or give the layer a float `param_dtype`."
-            )
-        check_kernel(kernel, path)
-        if kernel.stack:
-            raise ValueError(
-                f"Parameter `{path}` must be one layer's PaddedKernel, but it is a stack of shape "
-                f"{kernel.stack}. Apply a stack with `nn.scan` or `nn.vmap` over the layer."
-            )
-        if (kernel.in_features, kernel.out_features) != (in_features, self.features):
-            raise ValueError(
-                f"Parameter `{path}` has in_features={kernel.in_features} and "
-                f"out_features={kernel.out_features}, but the layer needs "
-                f"in_features={in_features} (the last axis of `inputs`) and "
-                f"out_features={self.features} (`features`). Apply the model to the inputs and "
-                "the tree that it was initialised for."
-            )
-        if kernel.per_channel != self.per_channel:
-            raise ValueError(
-                f"Parameter `{path}` has a scale of shape {tuple(kernel.scale.shape)}, but "
-                f"`per_channel` is {self.per_channel}. Initialise the tree with the same "
-                "`per_channel`, and load the weights with `update_params`."
-            )
 
     def _init_padded(self, key: Any, shape: tuple[int, int]) -> PaddedKernel:
         w = self.kernel_init(key, shape, jnp.float32)
@@ -230,61 +256,5 @@ def _bare(box: meta.AxisMetadata[Any]) -> Any:
     return box.value if isinstance(box, meta.Partitioned) else box.unbox()
 
 
-def _check_float32(value: Any, path: str, shape: tuple[int, ...]) -> None:
-    remedy = (
-        "Load weights into the tree with `update_params(params, loaded)`, and choose the dtype of "
-        "the result with `dtype` on the layer."
-    )
-    if getattr(value, "dtype", None) != jnp.float32:
-        raise TypeError(
-            f"Parameter `{path}` must be a float32 array, because `param_dtype` is float8_e4m3fn, "
-            f"but it is {_describe(value)}. {remedy}"
-        )
-    if jnp.shape(value) != shape:
-        raise ValueError(
-            f"Parameter `{path}` must have the logical shape {shape}, but its shape is "
-            f"{jnp.shape(value)}. {remedy}"
-        )
-
-
-def _check_dense(value: Any, path: str, shape: tuple[int, ...]) -> None:
-    if isinstance(value, PaddedKernel):
-        raise TypeError(
-            f"Parameter `{path}` must be a float array, because `param_dtype` is a float, but it "
-            "is a PaddedKernel. Turn the served tree into a float one with "
-            "`dequantize_params(params)`, or give the layer `param_dtype=jnp.float8_e4m3fn`."
-        )
-    if not hasattr(value, "dtype") or not _is_wide_float(value.dtype):
-        raise TypeError(
-            f"Parameter `{path}` must be a float array of 16 bits or more, because `param_dtype` "
-            f"is a float, but it is {_describe(value)}. To apply FP8 weights, give the layer "
-            "`param_dtype=jnp.float8_e4m3fn` and load them with `update_params(params, loaded)`."
-        )
-    if jnp.shape(value) != shape:
-        swapped = len(shape) == 2 and jnp.shape(value) == shape[::-1]
-        raise ValueError(
-            f"Parameter `{path}` must have shape {shape} (in_features from the last axis of "
-            f"`inputs`, out_features from `features`), but its shape is {jnp.shape(value)}."
-            + (" It looks transposed: nn.Dense holds [in, out]." if swapped else "")
-        )
-
-
-def _is_deleted(leaf: Any) -> bool:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return concrete and leaf.is_deleted()
-
-
-def _is_wide_float(dtype: Any) -> bool:
-    if dtype is None:  # jnp.dtype(None) would be float64
-        return False
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2
-
-
 def _dtype_name(dtype: Any) -> str:
     return "None" if dtype is None else str(jnp.dtype(dtype))
-
-
-def _describe(value: Any) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"an array of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfp8 import _derivatives, _options
+from jaxfp8.inputs import QuantizedInput, as_quantized_input
 from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
 from jaxfp8.quantize import FP8_DTYPE, check_float
 
@@ -55,9 +56,10 @@ def scaled_matmul(
     out_dtype = _options.check_out_dtype(out_dtype)
     promoted = _options.is_promoted(precision)
     for name, a in (("lhs", lhs), ("rhs", rhs)):
-        if jnp.result_type(a) != FP8_DTYPE:
+        dtype = getattr(a, "dtype", type(a).__name__)
+        if dtype != FP8_DTYPE:
             raise TypeError(
-                f"`{name}` must be float8_e4m3fn, but it is {jnp.result_type(a)}. Quantize it with "
+                f"`{name}` must be float8_e4m3fn, but it is {dtype}. Quantize it with "
                 "`quantize`, or use `fp8_dense`, which quantizes x itself."
             )
     if lhs.ndim < 1 or rhs.ndim != 2 or lhs.shape[-1] != rhs.shape[1]:
@@ -72,29 +74,35 @@ def scaled_matmul(
             f"{rhs.shape}. Pad it with zeros, or use `PaddedKernel.from_dense` and `fp8_dense`."
         )
     lead = lhs.shape[:-1]
-    lhs_scale = _check_vector(lhs_scale, "lhs_scale", ((), (*lead, 1)), "per tensor or per token")
-    rhs_scale = _check_vector(rhs_scale, "rhs_scale", ((), (n,)), "per tensor or per channel")
+    lhs_scale = _options.check_vector(
+        lhs_scale, "lhs_scale", ((), (*lead, 1)), "per tensor or per token"
+    )
+    rhs_scale = _options.check_vector(
+        rhs_scale, "rhs_scale", ((), (n,)), "per tensor or per channel"
+    )
     if bias is not None:
-        bias = _check_vector(bias, "bias", ((n,),), "one value for each output feature")
+        bias = _options.check_vector(bias, "bias", ((n,),), "one value for each output feature")
     if 0 in lead:
         return jnp.zeros((*lead, n), out_dtype)
-    operation = _derivatives.matmul_operation(activation, out_dtype, promoted, implementation)
-    m = _rows(lead)
+    operation = _derivatives.matmul_operation(n, activation, out_dtype, promoted, implementation)
+    m = _options.rows(lead)
     lhs_scale = lhs_scale.reshape(m, 1) if lhs_scale.ndim else lhs_scale
-    return operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias).reshape(*lead, n)
+    y = operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias, None)
+    return y.reshape(*lead, n)
 
 
 def fp8_dense(
-    x: Float[Array, "*lead K"],
+    x: Any,
     kernel: PaddedKernel,
     bias: Float32[Array, " N"] | None = None,
     *,
     activation: str | None = None,
     x_scale: Float32[Array, ""] | None = None,
     out_dtype: Any = None,
+    out_scale: Float32[Array, ""] | None = None,
     precision: Any = None,
     implementation: str | None = None,
-) -> Float[Array, "*lead N"]:
+) -> Any:
     """A dense layer on FP8 tensor cores: quantize x, multiply by the padded kernel, slice to N.
 
     Equivalent JAX: `activation(x @ kernel.dequantize() + bias).astype(out_dtype)`, with x rounded
@@ -103,13 +111,18 @@ def fp8_dense(
 
     Args:
         x: float array of 16 bits or more, `[*lead, K]`, any number of leading axes. float64
-            computes in float32 and casts back.
+            computes in float32 and casts back. Or one already quantized: a QuantizedInput (from
+            `quantize_input`, or from a layer with `out_scale`), or a pair `(qx, scale)` as
+            `quantize` returns it, e4m3 `[*lead, K]` and float32 `[*lead, 1]` or `[]`.
         kernel: a PaddedKernel for one layer (no stack), logical size K x N.
         bias: float `[N]`, added in float32, or None.
         activation: None, "relu", "gelu" (the tanh form) or "silu", applied in float32.
         x_scale: float32 `[]`, a static scale of x (values past ±448·x_scale saturate). None: one
             scale for each row, from its absolute maximum.
-        out_dtype: bfloat16, float16, float32 or float64; None is x's dtype.
+        out_dtype: bfloat16, float16, float32 or float64; None is x's dtype, or bfloat16 for a
+            quantized x. float8_e4m3fn is said by `out_scale`, and may be.
+        out_scale: float32 `[]`, a static scale by which the result is quantized in the same
+            kernel: the next layer's `x_scale`. The result is a QuantizedInput of N features.
         precision: None follows `jax_default_matmul_precision`. DEFAULT accumulates inside the
             tensor core (about 14 bits); HIGH and HIGHEST promote partial sums to float32;
             `DotAlgorithmPreset.ANY_F8_ANY_F8_F32[_FAST_ACCUM]` says it outright. Without CUTLASS
@@ -117,17 +130,23 @@ def fp8_dense(
         implementation: "cutlass" or "xla" is that one, or an error that says why not. None takes
             CUTLASS where it can run.
 
+    Returns:
+        `[*lead, N]` of `out_dtype`, or a QuantizedInput if `out_scale` was given.
+
     Raises:
         TypeError: if x is not a float of 16 bits or more, a leaf of the kernel was cast, or the
-            result is differentiated with respect to the kernel.
+            result is differentiated with respect to the kernel, or where something is quantized.
         ValueError: if a shape does not fit, or an option is unknown.
         RuntimeError: when run, if "cutlass" was named and cannot run here.
     """
     _options.check_activation(activation)
     _options.check_implementation(implementation)
     promoted = _options.is_promoted(precision)
-    check_float(x, "x")
-    x = jnp.asarray(x)
+    qx = as_quantized_input(x, "x") if isinstance(x, QuantizedInput | tuple) else None
+    if qx is None:
+        check_float(x, "x")
+        x = jnp.asarray(x)
+    shape = x.shape if qx is None else qx.shape
     check_kernel(kernel, "kernel")
     k, n = kernel.in_features, kernel.out_features
     if kernel.stack:
@@ -135,26 +154,37 @@ def fp8_dense(
             f"`kernel` must be one layer's, but it is a stack of shape {kernel.stack}. Use "
             "`jax.vmap` or `nn.scan` over the stack."
         )
-    if x.ndim < 1 or x.shape[-1] != k:
+    if not shape or shape[-1] != k:
         raise ValueError(
             f"`x` must have {k} features in its last axis, the in_features of `kernel`, but its "
-            f"shape is {x.shape}."
+            f"shape is {shape}."
         )
     if bias is not None:
-        bias = _check_vector(bias, "bias", ((n,),), "one value for each output feature")
+        bias = _options.check_vector(bias, "bias", ((n,),), "one value for each output feature")
     if x_scale is not None:
-        x_scale = _check_vector(x_scale, "x_scale", ((),), "one static scale")
-    result_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if x.dtype == jnp.float64:
-        x = x.astype(jnp.float32)
-    work_dtype = jnp.float32 if result_dtype == jnp.float64 else result_dtype
-    work_dtype = _options.check_out_dtype(work_dtype)
-    lead = x.shape[:-1]
+        x_scale = _options.check_vector(x_scale, "x_scale", ((),), "one static scale")
+    if qx is not None and x_scale is not None:
+        raise ValueError("`x_scale` must be None for an `x` that is quantized: it has its own.")
+    if out_dtype is None and out_scale is None:
+        out_dtype = x.dtype if qx is None else jnp.bfloat16
+    result_dtype, work_dtype, out_scale = _options.check_result(out_dtype, out_scale)
+    lead = shape[:-1]
+    m = _options.rows(lead)
+    width = n if out_scale is None else kernel.qvalue.shape[0]
+    options = (activation, work_dtype, promoted, implementation)
     if 0 in lead:
-        return jnp.zeros((*lead, n), result_dtype)
-    operation = _derivatives.dense_operation(activation, work_dtype, promoted, implementation)
-    y = operation(x.reshape(_rows(lead), k), kernel, bias, x_scale)
-    return y.reshape(*lead, n).astype(result_dtype)
+        y = jnp.zeros((*lead, width), work_dtype)
+    elif qx is not None:
+        qvalue = qx.qvalue.reshape(m, kernel.qvalue.shape[1])
+        scale = qx.scale.reshape(m, 1) if qx.scale.ndim else qx.scale
+        operation = _derivatives.matmul_operation(n, *options)
+        y = operation(qvalue, kernel.qvalue, scale, kernel.scale, bias, out_scale)
+    else:
+        x = x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+        operation = _derivatives.dense_operation(*options)
+        y = operation(x.reshape(m, k), kernel, bias, x_scale, out_scale)
+    y = y.reshape(*lead, width).astype(result_dtype)
+    return y if out_scale is None else QuantizedInput(y, out_scale, n)
 
 
 def fp8_dense_float(
@@ -224,24 +254,6 @@ def _float_operation(activation, out_dtype, precision, implementation):
 def _matmul(x, w) -> Float32[Array, "*lead N"]:
     dtype = jnp.promote_types(x.dtype, w.dtype)
     return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[Array, "..."]:
-    """`a` as float32, if it is a float array of one of `shapes`."""
-    dtype = jnp.result_type(a)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-        raise TypeError(f"`{name}` must be a float array, but it is {dtype}.")
-    if jnp.shape(a) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(
-            f"`{name}` must have shape {wanted} ({meaning}), but its shape is {jnp.shape(a)}."
-        )
-    return jnp.asarray(a).astype(jnp.float32)
-
-
-def _rows(lead: tuple) -> Any:
-    """M, also where a leading size is symbolic."""
-    return functools.reduce(lambda a, b: a * b, lead, 1)
 
 
 def _freeze(precision: Any) -> Any:

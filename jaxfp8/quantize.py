@@ -36,13 +36,22 @@ def check_float(x: object, name: str) -> None:
     Raises:
         TypeError: if `x` is not a real float of 16 bits or more.
     """
-    dtype = jnp.result_type(x)
+    try:
+        # numpy would take a tuple for the description of a dtype.
+        dtype = None if isinstance(x, tuple) else jnp.result_type(x)
+    except TypeError:
+        dtype = None
+    if dtype is None:
+        raise TypeError(
+            f"`{name}` must be a real float array of 16 bits or more (bfloat16, float16, float32 "
+            f"or float64), but it is a {type(x).__name__}."
+        )
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(
             f"`{name}` must be a real float array of 16 bits or more (bfloat16, float16, float32 "
             f"or float64), but it is {dtype}. Cast it first, for example "
-            f"`{name}.astype(jnp.bfloat16)`; an already quantized array needs its scale, so pass "
-            "it to `scaled_matmul` or as an `FP8Weight`."
+            f"`{name}.astype(jnp.bfloat16)`; an already quantized array needs its scale: pass both "
+            "to `fp8_dense` as `(qx, scale)`, to `scaled_matmul`, or as an `FP8Weight`."
         )
 
 

@@ -9,22 +9,48 @@ import os
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from direct_calls import FROM_TABLE, dense, kernel_name, kernels, matmul
+from direct_calls import FROM_TABLE, dense, kernel_name, kernels, matmul, quantize
 
 from jaxfp8 import PaddedKernel
 from jaxfp8.padded import padded_size
+from jaxfp8.quantize import FP8_DTYPE
 
 
 assert os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform", (
     "run it as test_gpu_memory.py does"
 )
 RNG = np.random.default_rng(0)
-# (M, N, K): a single element, less than a tile, a little more than one, and odd everywhere.
-SCALED = [(1, 16, 16), (67, 208, 144), (33, 45, 80)]
+# (M, N, K): a single element, less than a tile, odd everywhere, and a little more than a tile of
+# any kernel. The types of results take them in turn, and e4m3 has whole rows of 16: the last.
+SCALED = [(1, 16, 16), (67, 208, 144), (33, 45, 80), (131, 272, 144)]
 # The first is stored by classes of rows, of unequal numbers, by every kernel that is not swapped
-# (`row_classes` in cuda/src/gemm.h wants N > 256 for the widest); the others by threads.
-DENSE = [(1021, 261, 33, np.float32), (3, 45, 33, ml_dtypes.bfloat16), (131, 259, 515, np.float16)]
-OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+# (`row_classes` in cuda/src/gemm.h wants N > 256 for the widest); the others by threads, but e4m3.
+DENSE = [
+    (1021, 261, 50, np.float32),
+    (3, 45, 33, ml_dtypes.bfloat16),
+    (131, 259, 515, np.float16),
+    (131, 259, 100, ml_dtypes.bfloat16),
+]
+# The last is quantized by an out_scale, and its rows are padded.
+OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, FP8_DTYPE)
+OUT_SCALE = np.float32(0.5)
+# The quantize kernel's ways of reading a row: rows too long to be kept, by elements and by chunks;
+# then rows of which every other one begins 8 bytes past a multiple of 16.
+ROWS = [
+    (3, 70001, np.float32),
+    (3, 70004, ml_dtypes.bfloat16),
+    (3, 9000, np.float16),
+    (5, 3420, ml_dtypes.bfloat16),
+    (517, 3420, ml_dtypes.bfloat16),
+    (5, 516, ml_dtypes.bfloat16),
+    (517, 516, ml_dtypes.bfloat16),
+    (7, 100, ml_dtypes.bfloat16),
+    (7, 50, np.float32),
+    (3, 1030, np.float32),
+    (517, 1030, np.float32),
+    (1, 3420, np.float16),
+    (1, 1, np.float32),
+]
 
 
 def fp8(*shape):
@@ -54,6 +80,8 @@ def main():
         # Every kernel with every result type, over the sizes in turn: compilation takes most time.
         for i, out_dtype in enumerate(OUT_DTYPES):
             options = dict(kernel=kernel, out_dtype=out_dtype)
+            if out_dtype == FP8_DTYPE:
+                options["out_scale"] = OUT_SCALE
             m, n, k = SCALED[i % len(SCALED)]
             scales = (vector(m, 1), vector(n)) if i else (vector(), vector())
             bias = vector(n) if i % 2 else None
@@ -65,11 +93,11 @@ def main():
             y = dense(x, padded(n, k), vector(n), activation="silu", **options)[0]
             check(y, kernel_name(kernel), m, n, k)
             calls += 2
-    # The quantize kernel's other ways: long rows, each alignment of a row, a static scale.
-    for k, dtype in ((70001, np.float32), (70004, ml_dtypes.bfloat16), (9000, np.float16)):
+    for m, k, dtype in ROWS:
         for x_scale in (None, np.float32(0.01)):
-            x = RNG.standard_normal((3, k), np.float32).astype(dtype)
-            check(dense(x, padded(5, k), x_scale=x_scale)[0], k)
+            x = RNG.standard_normal((m, k), np.float32).astype(dtype)
+            for y in quantize(x, x_scale):
+                check(y, m, k, x_scale)
             calls += 1
     check(dense(np.ones((1, 1), np.float32), padded(1, 1))[0], 1)
     print(f"OK {calls + 1} calls")

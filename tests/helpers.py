@@ -15,6 +15,8 @@ import pytest
 
 from jaxfp8 import PaddedKernel, quantize
 from jaxfp8._cutlass import cuda_devices
+from jaxfp8.padded import padded_size
+from jaxfp8.quantize import FP8_DTYPE, cast_to_fp8
 
 
 # Two programs that differ in the order of float32 sums. On a GPU XLA's own products may be TF32, or
@@ -174,37 +176,47 @@ class Product:
         a, b = (np.asarray(q).astype(np.float64) for q in (lhs, rhs))
         return Product(a @ b.T, np.abs(a) @ np.abs(b).T, k)
 
-    def check(
+    def expected(
         self,
-        y: Any,
         lhs_scale: Any,
         rhs_scale: Any,
         bias: Any = None,
         *,
         activation: str | None = None,
         kind: str,
-    ) -> None:
-        """Assert `y = activation(lhs_scale * rhs_scale * dot + bias)` to the derived tolerance.
+    ) -> tuple[Any, Any]:
+        """`activation(lhs_scale * rhs_scale * dot + bias)`, and how far off it may be unrounded.
 
-        Elementwise: u|y| + slope * (c * sum_k |x_k||w_k| + EPILOGUE * (|scaled| + |bias|)); without
-        an activation, and for enough elements to average over, also in norm.
+        slope * (c * sum_k |x_k||w_k| + EPILOGUE * (|scaled| + |bias|)), elementwise.
         """
-        unit, tiny = UNIT_ROUNDOFF[y.dtype.name], TINY[y.dtype.name]
-        c, norm = sum_error(self.k, kind)
+        c, _ = sum_error(self.k, kind)
         xp = jnp if isinstance(self.dot, jax.Array) else np
         with jax.enable_x64(True):
-            lhs_scale, rhs_scale, bias, y = (
+            lhs_scale, rhs_scale, bias = (
                 xp.asarray(np.zeros(1) if a is None else np.asarray(a).astype(np.float64))
-                for a in (lhs_scale, rhs_scale, bias, y)
+                for a in (lhs_scale, rhs_scale, bias)
             )
             scale = lhs_scale * rhs_scale
             scaled = self.dot * scale
             want = activate(scaled + bias, activation, xp)
-            assert y.shape == want.shape
             before = c * self.magnitude * scale + EPILOGUE * (xp.abs(scaled) + xp.abs(bias))
             if activation in ("gelu", "silu"):
                 # tanh and exp are good to a few units; beside -1 or 1 that is an absolute error.
                 before = SLOPE * before + 8 * 2.0**-24 * xp.abs(scaled + bias)
+            return want, before
+
+    def check(self, y: Any, *scales: Any, activation: str | None = None, kind: str) -> None:
+        """Assert that y is what is `expected` to the derived tolerance, and one rounding.
+
+        Elementwise; without an activation, and for enough elements to average over, also in norm.
+        """
+        unit, tiny = UNIT_ROUNDOFF[y.dtype.name], TINY[y.dtype.name]
+        _, norm = sum_error(self.k, kind)
+        want, before = self.expected(*scales, activation=activation, kind=kind)
+        xp = jnp if isinstance(self.dot, jax.Array) else np
+        with jax.enable_x64(True):
+            y = xp.asarray(np.asarray(y).astype(np.float64))
+            assert y.shape == want.shape
             bound = unit * (xp.abs(want) + tiny) + (1 + unit) * before
             error = xp.abs(y - want)
             inside = error <= bound  # false for NaN
@@ -240,6 +252,31 @@ def dense_product(x: jax.Array, kernel: PaddedKernel) -> tuple[Product, jax.Arra
     if kernel.per_channel:
         weight_scale = weight_scale[:n]
     return Product.of(qx, kernel.qvalue[:n, :k]), scale, weight_scale
+
+
+def check_quantized(q: Any, y: Any, scale: Any, slack: Any = None) -> None:
+    """Assert that q is `y / scale` in e4m3, padded with zeros to a multiple of 16.
+
+    Bit for bit; or, with the error `slack` that y may have, no code outside of those that
+    `y - slack` and `y + slack` round to. A row of NaN may be padded with anything.
+    """
+    n = y.shape[-1]
+    assert (q.dtype, q.shape) == (FP8_DTYPE, (*y.shape[:-1], padded_size(n)))
+    q, y = np.asarray(q), np.asarray(y)
+    padding = q[..., n:].astype(np.float32)
+    assert (padding[~np.isnan(y).all(-1)] == 0).all()
+    if slack is None:
+        np.testing.assert_array_equal(bits(q[..., :n]), bits(cast_to_fp8(y, scale)))
+        return
+    with np.errstate(invalid="ignore", over="ignore"):
+        ends = np.float32(y - slack), np.float32(y + slack)
+    low, high = (np.asarray(cast_to_fp8(end, scale), np.float32) for end in ends)
+    codes = q[..., :n].astype(np.float32)
+    inside = (low <= codes) & (codes <= high) | np.isnan(codes) & np.isnan(low) & np.isnan(high)
+    assert inside.all(), (
+        f"{(~inside).sum()} of {inside.size} codes are off; the first is {codes[~inside][0]}, not "
+        f"in [{low[~inside][0]}, {high[~inside][0]}]"
+    )
 
 
 def cuda_text(f: Any, *args: Any) -> str:

@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOSE, randn
+from helpers import CLOSE, bits, check_quantized, randn
 from jax import export
 
-from jaxfp8 import PaddedKernel, export_safety_checks, fp8_dense, scaled_matmul
+from jaxfp8 import (
+    PaddedKernel,
+    QuantizedInput,
+    export_safety_checks,
+    fp8_dense,
+    quantize_input,
+    scaled_matmul,
+)
 from jaxfp8.quantize import quantize
 
 
@@ -133,3 +140,39 @@ def test_naming_cutlass_exports_for_cuda_from_any_machine(precision):
     text = artefact.mlir_module()
     assert text.count("@jaxfp8_dense_v1") == 1 and "dot_general" not in text
     assert f"promoted = {int(precision == 'highest')} : i32" in text
+
+
+def test_inputs_quantized_once_and_by_the_layer_before():
+    scale = np.float32(0.02)
+    params = {"up": params_of(0)["kernel"], "down": PaddedKernel.from_dense(randn(10, (N, K)) / 7)}
+
+    def block(x, params):
+        qx = quantize_input(x)
+        gate, up = (fp8_dense(qx, params["up"], out_dtype=jnp.float32) for _ in range(2))
+        hidden = fp8_dense(x, params["up"], activation="gelu", out_scale=scale)
+        return qx, gate * up, hidden, fp8_dense(hidden, params["down"], out_dtype=jnp.float32)
+
+    artefact = exported(block, rows(f"b, t, {K}"), specs_of(params))
+    text = artefact.mlir_module()
+    names = ("quantize_v1", "scaled_matmul_v1", "dense_v1")
+    assert [text.count("@jaxfp8_" + name) for name in names] == [1, 3, 1]
+    for shape in ((1, 1, K), (4, 5, K)):
+        x = randn(11, shape)
+        (qx, product, hidden, y), want = artefact.call(x, params), block(x, params)
+        assert isinstance(qx, QuantizedInput) and (qx.shape, hidden.features) == (shape, N)
+        np.testing.assert_array_equal(bits(qx.qvalue), bits(want[0].qvalue))
+        np.testing.assert_array_equal(bits(qx.scale), bits(want[0].scale))
+        np.testing.assert_allclose(product, want[1], rtol=1e-2, atol=1e-2)
+        unrounded = fp8_dense(x, params["up"], activation="gelu")
+        check_quantized(hidden.qvalue, unrounded, scale, slack=20 * CLOSE["atol"])
+        again = fp8_dense(hidden, params["down"], out_dtype=jnp.float32)
+        np.testing.assert_allclose(y, again, **CLOSE)
+
+
+def test_a_quantized_input_given_to_an_artefact():
+    kernel, qx = params_of(0)["kernel"], quantize_input(randn(12, (4, K)))
+    artefact = exported(fp8_dense, specs_of(qx), specs_of(kernel))
+    y, want = artefact.call(qx, kernel), fp8_dense(qx, kernel)
+    np.testing.assert_allclose(np.float32(y), np.float32(want), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="tree structure"):
+        artefact.call(QuantizedInput(qx.qvalue, qx.scale, K + 1), kernel)

@@ -1,6 +1,5 @@
 """The kernels one by one: right, and bitwise independent of batch, tile and position."""
 
-import contextlib
 import functools
 
 import direct_calls
@@ -8,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from direct_calls import FROM_TABLE, kernel_name, kernels
-from helpers import Product, dense_product, quantized_randn, randn, random_scales
+from direct_calls import FROM_TABLE, kernel_name, kernels, naming, scaled_operands
+from helpers import Product, dense_product, quantized_randn, randn
 
 from jaxfp8 import PaddedKernel, fp8_dense, scaled_matmul
+from jaxfp8.quantize import FP8_DTYPE
 
 
 pytestmark = pytest.mark.gpu
@@ -19,19 +19,12 @@ ACCUMULATIONS = ["fast", "promoted"]
 OUT_DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 accumulations = pytest.mark.parametrize("accumulation", ACCUMULATIONS)
 out_dtypes = pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=lambda d: d.__name__)
+# e4m3 results have tests of their values in test_gpu_results_in_fp8.py.
+stored_dtypes = pytest.mark.parametrize(
+    "out_dtype", [*OUT_DTYPES, FP8_DTYPE], ids=lambda d: d.__name__
+)
 ROWS = (1, 2, 16, 17, 64, 65, 128, 300, 1023, 1024, 4096)
 OFFSET = 5
-
-
-@functools.cache
-def scaled_operands(m, n, k):
-    rng = np.random.default_rng(0)
-    lhs, rhs = quantized_randn(rng, (m, k)), quantized_randn(rng, (n, k))
-    # Results of about 1, where the activations bend.
-    size = np.float32(13 / np.sqrt(k))
-    scales = random_scales(rng, (m, 1)), random_scales(rng, (n,)) * size
-    bias = rng.standard_normal(n, np.float32)
-    return *map(jnp.asarray, (lhs, rhs, *scales, bias)), Product.of(lhs, rhs)
 
 
 @out_dtypes
@@ -95,13 +88,9 @@ def test_every_kernel_of_dense(accumulation, out_dtype):
                     product.check(y, *scales, b, kind=accumulation)
 
 
-@contextlib.contextmanager
-def naming(kernel):
-    """Say in a failure which kernel it was."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{kernel_name(kernel)}: {error}") from None
+def stored(out_dtype):
+    """The options that give a result of this dtype; results are about 1."""
+    return {"out_dtype": out_dtype, "out_scale": 0.01 if out_dtype == FP8_DTYPE else None}
 
 
 def same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -131,13 +120,13 @@ def check_rows(f, every_kernel, rows, shared):
         assert differing == [], f"{kernel_name(kernel)}: cuts (offset, M) with other bits"
 
 
-@out_dtypes
+@stored_dtypes
 @accumulations
 def test_rows_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype):
     """Bitwise, cut from one x at two places, by every kernel and by the table (invariant 4)."""
     total = max(ROWS) + OFFSET
     lhs, rhs, per_token, per_channel, bias, _ = scaled_operands(total, 3424, 1296)
-    options = dict(activation="gelu", out_dtype=out_dtype, promoted=accumulation == "promoted")
+    options = dict(activation="gelu", promoted=accumulation == "promoted", **stored(out_dtype))
 
     def f(lhs, lhs_scale, rhs, rhs_scale, bias, kernel):
         return direct_calls.matmul(lhs, rhs, lhs_scale, rhs_scale, bias, kernel=kernel, **options)
@@ -145,7 +134,7 @@ def test_rows_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype)
     check_rows(f, [*kernels(accumulation), FROM_TABLE], (lhs, per_token), (rhs, per_channel, bias))
 
 
-@out_dtypes
+@stored_dtypes
 @accumulations
 @pytest.mark.parametrize("n", [3424, 3420, 3421])
 def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(n, accumulation, out_dtype):
@@ -153,7 +142,7 @@ def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(n, accumulation
     k = 1283
     x, bias = randn(3, (max(ROWS) + OFFSET, k), jnp.bfloat16), randn(4, (n,))
     weight = PaddedKernel.from_dense(randn(5, (k, n)) / np.sqrt(k))
-    options = dict(activation="silu", out_dtype=out_dtype, promoted=accumulation == "promoted")
+    options = dict(activation="silu", promoted=accumulation == "promoted", **stored(out_dtype))
 
     def f(x, weight, bias, kernel):
         y, qx, _ = direct_calls.dense(x, weight, bias, kernel=kernel, **options)

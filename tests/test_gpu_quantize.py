@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from helpers import bits
 
-from jaxfp8 import PaddedKernel
+from jaxfp8 import PaddedKernel, quantize_input
 from jaxfp8.padded import padded_size
 from jaxfp8.quantize import FP8_DTYPE, cast_to_fp8, quantize
 
 
 pytestmark = pytest.mark.gpu
-WIDTHS = [1, 2, 15, 16, 17, 96, 513, 1026, 3420, 4096, 14336, 53248, 70000]
+# Every other row begins 8 bytes past a multiple of 16 where K is 50 or 1030 and x float32, or K is
+# 100, 516 or 3420 and x of 16 bits.
+WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1026, 1030, 3420, 4096, 14336, 53248, 70000]
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__
 )
@@ -51,11 +53,14 @@ def rows_of_every_kind(k: int, dtype) -> jnp.ndarray:
 
 
 def by_the_kernel(x, x_scale=None):
-    """The scratch of the dense custom call, before a weight of zeros."""
+    """The call by itself; the scratch of the dense call, before a weight of zeros, is the same."""
     k = x.shape[1]
     weight = PaddedKernel(jnp.zeros((16, padded_size(k)), FP8_DTYPE), jnp.float32(1), k, 16)
-    _, qx, scale = direct_calls.dense(x, weight, x_scale=x_scale)
-    return np.asarray(qx), np.asarray(scale)
+    _, *scratch = direct_calls.dense(x, weight, x_scale=x_scale)
+    qx, scale = map(np.asarray, direct_calls.quantize(x, x_scale))
+    np.testing.assert_array_equal(bits(qx), bits(scratch[0]))
+    np.testing.assert_array_equal(bits(scale[:, 0]), bits(scratch[1]))
+    return qx, scale[:, 0]
 
 
 per_token = jax.jit(lambda x: quantize(x, axis=-1, keepdims=False))
@@ -88,7 +93,7 @@ def test_per_token(k, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("k", [1, 17, 513, 4096, 70000])
+@pytest.mark.parametrize("k", [1, 17, 50, 100, 513, 516, 1030, 3420, 4096, 70000])
 def test_static_scale(k, dtype):
     x = rows_of_every_kind(k, dtype)
     for x_scale in (1.0, 0.0123, 2.0**-30, 2.0**100, np.inf, np.nan):
@@ -123,6 +128,39 @@ def test_rows_that_do_not_fill_a_block(m):
     check_bits(qx[:, :40], want, x)
     np.testing.assert_array_equal(bits(scale), bits(want_scale))
     assert (bits(qx)[:, 40:] == 0).all()
+
+
+@dtypes
+@pytest.mark.parametrize("k", [50, 100, 513, 516, 1030, 3420, 4100, 16390])
+def test_many_rows(k, dtype):
+    """From 512 rows on a thread keeps more of a row; a row of them says whose neighbour it took."""
+    m = 515
+    x = np.random.default_rng(k).standard_normal((m, k), np.float32)
+    x = jnp.asarray((x * np.arange(1, k + 1) / k).astype(dtype))
+    for x_scale in (None, np.float32(0.003)):
+        qx, scale = by_the_kernel(x, x_scale)
+        assert (bits(qx)[:, k:] == 0).all()
+        for device in (jax.devices("cuda")[0], jax.devices("cpu")[0]):
+            if x_scale is None:
+                want, want_scale = on(device, per_token, x)
+                np.testing.assert_array_equal(bits(scale), bits(want_scale))
+            else:
+                want = on(device, by_static_scale, x, x_scale)
+            check_bits(qx[:, :k], want, x)
+
+
+@dtypes
+@pytest.mark.parametrize("k", [33, 3420])
+def test_quantize_input_is_the_call(k, dtype):
+    x = rows_of_every_kind(k, dtype)
+    for x_scale in (None, np.float32(0.01)):
+        qx = quantize_input(x, x_scale=x_scale, implementation="cutlass")
+        want, want_scale = by_the_kernel(x, x_scale)
+        np.testing.assert_array_equal(bits(qx.qvalue), bits(want))
+        if x_scale is None:
+            np.testing.assert_array_equal(bits(qx.scale)[:, 0], bits(want_scale))
+        else:
+            assert qx.scale.shape == () and qx.scale == x_scale
 
 
 @dtypes

@@ -10,7 +10,7 @@ import pytest
 from helpers import randn
 from jax.lax import DotAlgorithmPreset
 
-from jaxfp8 import PaddedKernel, fp8_dense, scaled_matmul
+from jaxfp8 import PaddedKernel, fp8_dense, quantize_input, scaled_matmul
 from jaxfp8._options import is_promoted
 from jaxfp8.matmul import fp8_dense_float
 from jaxfp8.quantize import FP8_DTYPE
@@ -61,8 +61,8 @@ OF_BIAS_AND_OPTIONS = [
     case("callable activation", ValueError, r"`activation` must be one of.*Apply any other", X, ...,
          activation=jnp.tanh),
     case("out_dtype", ValueError, r"`out_dtype` must be.*int8", X, ..., out_dtype=jnp.int8),
-    case("fp8 out_dtype", ValueError, r"`out_dtype` must be.*float8_e4m3fn", X, ...,
-         out_dtype=FP8_DTYPE),
+    case("fp8 out_dtype", ValueError, r"`out_dtype` must be.*float8_e4m3fn, which `fp8_dense` "
+         r"writes where it is given an `out_scale`", X, ..., out_dtype=FP8_DTYPE),
     case("precision", ValueError, r"`precision` must be None.*'best'", X, ..., precision="best"),
     case("bf16 preset", ValueError, r"`precision` must be None.*BF16_BF16_F32", X, ...,
          precision=DotAlgorithmPreset.BF16_BF16_F32),
@@ -176,9 +176,14 @@ def test_scaled_matmul(error, match, change, implementation):
         scaled_matmul(**arguments)
 
 
-@pytest.mark.parametrize("f", [fp8_dense, fp8_dense_float, scaled_matmul])
+@pytest.mark.parametrize("f", [fp8_dense, fp8_dense_float, scaled_matmul, quantize_input])
 def test_unknown_implementation(f):
-    args = {fp8_dense: (X, KERNEL), fp8_dense_float: (X, W), scaled_matmul: (LHS, RHS, 1.0, 1.0)}[f]
+    args = {
+        fp8_dense: (X, KERNEL),
+        fp8_dense_float: (X, W),
+        scaled_matmul: (LHS, RHS, 1.0, 1.0),
+        quantize_input: (X,),
+    }[f]
     with pytest.raises(ValueError, match=r"`implementation` must be None, .*, but it is 'triton'"):
         f(*args, implementation="triton")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import cuda_text, randn
 
-from jaxfp8 import PaddedKernel, _cutlass, _dispatch, fp8_dense, scaled_matmul
+from jaxfp8 import PaddedKernel, _cutlass, _dispatch, fp8_dense, quantize_input, scaled_matmul
 from jaxfp8.matmul import fp8_dense_float
 
 
@@ -42,8 +42,10 @@ def look_again() -> _cutlass.Plugin:
             1.0,
             implementation="cutlass",
         ),
+        lambda x: quantize_input(x, implementation="cutlass"),
+        lambda x: cutlass_dense(x, KERNEL, out_scale=0.1),
     ],
-    ids=["eager", "jit", "vmap", "grad", "float", "scaled_matmul"],
+    ids=["eager", "jit", "vmap", "grad", "float", "scaled_matmul", "quantize", "out_scale"],
 )
 def test_cutlass_named_and_run_on_a_cpu(f):
     with jax.default_device(CPU), pytest.raises(RuntimeError) as caught:
@@ -60,10 +62,13 @@ def test_tracing_and_lowering_for_cuda_ask_for_nothing():
     jax.eval_shape(cutlass_dense, X, KERNEL)
     jax.make_jaxpr(cutlass_dense)(X, KERNEL)
     assert "@jaxfp8_dense_v1" in cuda_text(cutlass_dense, X, KERNEL)
+    quantize = functools.partial(quantize_input, implementation="cutlass")
+    assert "@jaxfp8_quantize_v1" in cuda_text(quantize, X)
 
 
 def test_no_rows_need_no_gpu():
     assert cutlass_dense(X[:0], KERNEL).shape == (0, N)
+    assert quantize_input(X[:0], implementation="cutlass").shape == (0, K)
 
 
 class FakeGpu:

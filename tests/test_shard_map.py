@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLOSE, randn
+from helpers import CLOSE, bits, check_quantized, randn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfp8 import PaddedKernel, fp8_dense
+from jaxfp8 import PaddedKernel, QuantizedInput, fp8_dense, quantize_input
 from jaxfp8.matmul import fp8_dense_float
 
 
@@ -113,6 +113,39 @@ def test_gradients_of_replicated_float_weights_are_summed():
     want = jax.grad(lambda w, b: jnp.sum(fp8_dense_float(X, w, b) ** 2), (0, 1))(W, BIAS)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=CLOSE["rtol"], atol=CLOSE["rtol"] * np.abs(b).max())
+
+
+@check_vma
+def test_quantized_once_and_for_the_next_layer(check_vma):
+    """Rows stay where they are; a static scale is one for all devices, one for a row goes along."""
+    back, scale = PaddedKernel.from_dense(randn(8, (N, K)) / 7), np.float32(0.02)
+
+    def local(x, kernel, back, bias):
+        qx = quantize_input(x)
+        hidden = fp8_dense(qx, kernel, bias, activation="gelu", out_scale=scale)
+        return qx, hidden, fp8_dense(hidden, back, out_dtype=jnp.float32)
+
+    rows = P("data")
+    in_specs = rows, P(), P(), P()
+    out_specs = rows, QuantizedInput(rows, P(), N), rows
+    args = X, KERNEL, back, BIAS
+    g = jax.jit(sharded(local, in_specs, out_specs, check_vma))
+    qx, hidden, y = g(on_mesh(X, rows), *map(on_mesh, args[1:]))
+    want = quantize_input(X, implementation="xla")
+    np.testing.assert_array_equal(bits(qx.qvalue), bits(want.qvalue))
+    np.testing.assert_array_equal(bits(qx.scale), bits(want.scale))
+    assert hidden.scale == scale and hidden.qvalue.sharding.spec[0] == "data"
+    check_quantized(hidden.qvalue, WANT, scale, slack=20 * CLOSE["atol"])
+    hidden = jax.device_get(hidden)
+    want = fp8_dense(hidden, back, out_dtype=jnp.float32, implementation="xla")
+    np.testing.assert_allclose(y, want, **CLOSE)
+    # Lowered for CUDA: two rows on each device, and nothing gathered.
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    g = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    text = jax.jit(g).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @jaxfp8_quantize_v1") == 1
+    assert text.count("custom_call @jaxfp8_scaled_matmul_v1") == 2
+    assert "tensor<2x64xf8E4M3FN>" in text and "all_gather" not in text
 
 
 def test_vmap_inside_folds():

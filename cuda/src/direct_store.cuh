@@ -19,7 +19,7 @@ inline constexpr int kMaxClasses = 8;
 // CUTLASS runs over a batch, x being quantized into that order. But a store by TMA must also begin
 // at a column that is such a multiple and not negative (else: illegal instruction), and what it
 // clips on the right it clips to such a multiple (else the next row's first features are
-// overwritten). So where the rows of a class begin `shift` elements past a multiple, its tiles begin
+// overwritten). So where the rows of a class begin `shift` elements past a multiple, its tiles are
 // `shift` features early (class_mainloop.cuh), its tensor has the whole 16 bytes within a row, and
 // threads store the rest: the first subtile of a row, and up to 7 features at its end.
 //
@@ -56,17 +56,27 @@ struct DirectStore {
   int token, feature;
   int thread;
 
+  // A subtile is staged in boxes of 128 bytes a row, one behind the other: TMA's widest.
+  static constexpr int kBox = kFeatures < 128 / int(sizeof(Element)) ? kFeatures
+                                                                     : 128 / sizeof(Element);
+
   CUTLASS_DEVICE void by_class(int row_class, bool issues_tma) const {
     constexpr int kUnit = 16 / sizeof(Element);
+    static_assert(kFeatures % kBox == 0);
     int const shift = row_class * to.step;
     int const before = shift == 0 ? 0 : kUnit - shift;  // features left of the class's tensor
     int const tail = features - (features - before) % kUnit;  // the first one right of it
-    if (feature >= 0 && issues_tma && cute::elect_one_sync()) {
-      cute::SM90_TMA_STORE_3D::copy(&to.tensor[row_class], staged, feature - before, token, 0);
+    if (issues_tma && cute::elect_one_sync()) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int f = 0; f < kFeatures; f += kBox) {
+        if (feature + f < 0) continue;
+        cute::SM90_TMA_STORE_3D::copy(&to.tensor[row_class], staged + f * kRows,
+                                      feature + f - before, token, 0);
+      }
     }
     if (feature < 0) {
-      // 16 bytes at a time: the subtile begins at a multiple of them, `shift` before the row.
-      constexpr int kUnits = kFeatures / kUnit, kTurns = kTokens * kUnits / kThreads;
+      // 16 bytes at a time: the box begins at a multiple of them, `shift` before the row.
+      constexpr int kUnits = kBox / kUnit, kTurns = kTokens * kUnits / kThreads;
       using Piece = cutlass::AlignedArray<Element, kUnit>;
       auto const tile = staged_tile();
       CUTLASS_PRAGMA_UNROLL
@@ -78,7 +88,9 @@ struct DirectStore {
         }
       }
       store_few(row_class, shift, kUnit);
-    } else if (features < feature + kFeatures && tail < features) {
+    }
+    if (features < feature + kFeatures && tail < features &&
+        tail >= feature + kBox * (feature < 0)) {
       store_few(row_class, max(tail - feature, 0), features - feature);
     }
   }

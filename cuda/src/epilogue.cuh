@@ -3,66 +3,42 @@
 
 #include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
 #include "direct_store.cuh"
+#include "elementwise.cuh"
 #include "gemm.h"
 
 namespace jaxfp8 {
 
-// NOTES: the activation is a run-time argument, uniform over the grid, so one kernel serves all
-// four. gelu in its tanh form and silu are both z / (1 + 2^t) with t an odd polynomial of z,
-// because (1 + tanh u) / 2 = 1 / (1 + exp(-2u)); so they share a few instructions an element. That
-// is also more accurate than 1 + tanh where that cancels: CUTLASS's GELU_taylor, on tanh.approx, is
-// 20 % off at z = -3; this is 1e-6 off there and 2e-5 at most. (With tanhf and expf in four
-// branches the epilogue was so long that small GEMMs lost 10 %.)
-template <class Values>
-CUTLASS_DEVICE void activate(Values& z, Activation kind) {
-  if (kind == Activation::kNone) return;
-  if (kind == Activation::kRelu) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(z); ++i) z(i) = z(i) < 0.f ? 0.f : z(i);  // keeps NaN
-    return;
-  }
-  constexpr float kLog2E = 1.4426950408889634f;
-  constexpr float kSqrt2OverPi = 0.7978845608028654f;
-  bool const gelu = kind == Activation::kGelu;
-  float const first = gelu ? -2.f * kSqrt2OverPi * kLog2E : -kLog2E;
-  float const third = gelu ? 0.044715f * first : 0.f;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(z); ++i) {
-    // Bounded, or silu's 0·inf would be NaN at z = inf.
-    float const square = fminf(z(i) * z(i), 1e8f);
-    float const t = z(i) * fmaf(third, square, first);
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(t));
-    z(i) = __fdividef(z(i), 1.f + power);
-  }
-}
-
 // The root of CUTLASS's epilogue tree, over the accumulator alone: all arithmetic is here, a
 // subtile at a time.
 // NOTES: CUTLASS's broadcast nodes read their vectors one after another, each waiting for memory
-// while the GEMM is already done. Here the three are on their way together. With CUTLASS's nodes a
-// 512x4096x256 GEMM took 5.0 us without an epilogue and 6.0 (swapped 6.5) with it (H200,
-// 2026-11-22).
-template <class Tile, class Element, Operands kOperands>
+// while the GEMM is already done. Here the three are asked for together, before the GEMM begins
+// (kernel.cuh). With CUTLASS's nodes a 512x4096x256 GEMM took 5.0 us without an epilogue and 6.0
+// (swapped 6.5) with it (H200, 2026-11-22).
+template <class Tile, class Element, Operands kOperands, int kTeams>
 struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   static constexpr bool kSwapped = kOperands == Operands::kSwapped;
   // Swapped, the features run along the rows of the tile and the tokens along its columns.
   static constexpr int kTokens = cute::size<kSwapped ? 1 : 0>(Tile{});
   static constexpr int kFeatures = cute::size<kSwapped ? 0 : 1>(Tile{});
 
-  struct SharedStorage {
+  struct Vectors {
     alignas(16) float lhs_scale[kTokens];
     alignas(16) float rhs_scale[kFeatures];
     alignas(16) float bias[kFeatures];
+  };
+  struct SharedStorage {
+    Vectors of_team[kTeams];
   };
 
   struct Arguments {
     float const* lhs_scale = nullptr;  // [tokens] if per_token, [classes, tokens] with classes
     float const* rhs_scale = nullptr;  // [features] if per_channel
-    float const* bias = nullptr;       // [features], or null
+    float const* bias = nullptr;       // [bias_features], or null
     bool per_token = false, per_channel = false;
-    int features = 0;
+    int features = 0, bias_features = 0;
     Activation activation = Activation::kNone;
+    bool float16 = false;              // of 16 bits: float16, not bfloat16
+    float const* out_scale = nullptr;  // one value, for e4m3
     DirectStoreArguments<Element> direct;
   };
   using Params = Arguments;
@@ -96,63 +72,80 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   Params const* params = nullptr;
   SharedStorage* shared = nullptr;
 
+  // Where a tile of the result, or of a class of its rows, begins, and how many tokens that has.
+  struct Place {
+    int tokens, token, feature, row_class;  // the feature may be negative
+  };
+
+  template <class ProblemShape, class Coordinates>
+  CUTLASS_DEVICE Place place(ProblemShape const& shape, Coordinates const& coordinates) const {
+    auto const [M, N, K, L] = shape;
+    auto const [m, n, k, l] = coordinates;
+    int const row = m * cute::size<0>(Tile{}), column = n * cute::size<1>(Tile{});
+    return {kSwapped ? N : M, kSwapped ? column : row,
+            (kSwapped ? row : column) - l * params->direct.step, l};
+  }
+
+  // One thread's share of a tile's vectors, on its way.
+  template <int kThreads>
+  struct Fetched {
+    static constexpr int kTokenTurns = (kTokens + kThreads - 1) / kThreads;
+    static constexpr int kFeatureTurns = (kFeatures + kThreads - 1) / kThreads;
+    float lhs_scale[kTokenTurns], rhs_scale[kFeatureTurns], bias[kFeatureTurns];
+  };
+
+  template <int kThreads, class ProblemShape, class Coordinates>
+  CUTLASS_DEVICE Fetched<kThreads> fetch(ProblemShape const& shape, Coordinates const& coordinates,
+                                         int thread) const {
+    Place const at = place(shape, coordinates);
+    Fetched<kThreads> fetched;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < fetched.kFeatureTurns; ++i) {
+      int const f = at.feature + thread + i * kThreads;
+      bool const inside = f >= 0 && f < params->features;
+      fetched.rhs_scale[i] = inside ? params->rhs_scale[params->per_channel ? f : 0] : 0.f;
+      fetched.bias[i] = f >= 0 && f < params->bias_features ? params->bias[f] : 0.f;
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < fetched.kTokenTurns; ++i) {
+      int const t = at.token + thread + i * kThreads;
+      int const place_of_t = params->per_token ? at.row_class * at.tokens + t : 0;
+      fetched.lhs_scale[i] = t < at.tokens ? params->lhs_scale[place_of_t] : 0.f;
+    }
+    return fetched;
+  }
+
+  // Puts them where the tile's whole team reads them, once it has met (begin_sync_needed).
+  template <int kThreads>
+  CUTLASS_DEVICE void stage(Fetched<kThreads> const& fetched, int team, int thread) const {
+    Vectors& to = shared->of_team[team];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < fetched.kFeatureTurns; ++i) {
+      int const f = thread + i * kThreads;
+      if (f < kFeatures) to.rhs_scale[f] = fetched.rhs_scale[i], to.bias[f] = fetched.bias[i];
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < fetched.kTokenTurns; ++i) {
+      int const t = thread + i * kThreads;
+      if (t < kTokens) to.lhs_scale[t] = fetched.lhs_scale[i];
+    }
+  }
+
   template <class EpilogueTile, int kThreads, class PerToken, class PerFeature>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(Params const& params, SharedStorage& shared, PerToken lhs_scale,
-                             PerFeature rhs_scale, PerFeature bias, int tokens, int token,
-                             int feature, int row_class, int thread)
-        : params(params),
-          shared(shared),
-          lhs_scale(lhs_scale),
-          rhs_scale(rhs_scale),
-          bias(bias),
-          tokens(tokens),
-          token(token),
-          feature(feature),
-          row_class(row_class),
+    CUTLASS_DEVICE Callbacks(Params const& params, PerToken lhs_scale, PerFeature rhs_scale,
+                             PerFeature bias, Place at, int thread)
+        : params(params), lhs_scale(lhs_scale), rhs_scale(rhs_scale), bias(bias), at(at),
           thread(thread) {}
 
     static constexpr int kUnit = 16 / sizeof(Element);
 
     Params const& params;
-    SharedStorage& shared;
-    PerToken lhs_scale;           // this thread's share of the vectors in shared memory
+    PerToken lhs_scale;  // this thread's share of the vectors in shared memory
     PerFeature rhs_scale, bias;
-    int tokens;                   // of the result, or of a class of its rows
-    int token, feature;           // where this tile of it begins; the feature may be negative
-    int row_class;
+    Place at;
     int thread;
     Element* staged = nullptr;
-
-    CUTLASS_DEVICE void begin() {
-      constexpr int kTokenTurns = (kTokens + kThreads - 1) / kThreads;
-      constexpr int kFeatureTurns = (kFeatures + kThreads - 1) / kThreads;
-      float l[kTokenTurns], r[kFeatureTurns], b[kFeatureTurns];
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kFeatureTurns; ++i) {
-        int const f = feature + thread + i * kThreads;
-        bool const inside = f >= 0 && f < params.features;
-        r[i] = inside ? __ldg(params.rhs_scale + (params.per_channel ? f : 0)) : 0.f;
-        b[i] = inside && params.bias != nullptr ? __ldg(params.bias + f) : 0.f;
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kTokenTurns; ++i) {
-        int const t = token + thread + i * kThreads;
-        // Not __ldg: with dependent launch the quantize kernel wrote it after this kernel began.
-        float const* at = params.lhs_scale + (params.per_token ? row_class * tokens + t : 0);
-        l[i] = t < tokens ? *at : 0.f;
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kFeatureTurns; ++i) {
-        int const f = thread + i * kThreads;
-        if (f < kFeatures) shared.rhs_scale[f] = r[i], shared.bias[f] = b[i];
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kTokenTurns; ++i) {
-        int const t = thread + i * kThreads;
-        if (t < kTokens) shared.lhs_scale[t] = l[i];
-      }
-    }
 
     CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
 
@@ -185,6 +178,8 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < cute::size(z); ++i) z(i) = fmaf(l(i), r(i) * z(i), b(i));
       activate(z, params.activation);
+      if constexpr (sizeof(Element) == 2) round_to_16_bits(z, params.float16);
+      if constexpr (sizeof(Element) == 1) divide(z, __ldg(params.out_scale));
     }
 
     // CUTLASS's own store, of a tensor of one element, writes 16 bytes (what TMA clips, it clips to
@@ -200,20 +195,21 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     // Called when the subtile is staged and all threads have seen it; they meet again before the
     // buffer is reused.
     CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int, bool issues_tma) {
+      if constexpr (sizeof(Element) == 1) return;  // its rows are padded
       if (params.direct.out == nullptr) return;
       using Store = DirectStore<Element, kSwapped, EpilogueTile, kThreads>;
       Store const store{params.direct,
                         staged,
-                        tokens,
+                        at.tokens,
                         params.features,
-                        token + (kSwapped ? epi_n : epi_m) * Store::kTokens,
-                        feature + (kSwapped ? epi_m : epi_n) * Store::kFeatures,
+                        at.token + (kSwapped ? epi_n : epi_m) * Store::kTokens,
+                        at.feature + (kSwapped ? epi_m : epi_n) * Store::kFeatures,
                         thread};
       if (kSwapped || params.direct.classes == 1) {
         if (params.features < kUnit) wait_for_the_one_element(issues_tma);
         store.by_threads();
       } else {
-        store.by_class(row_class, issues_tma);
+        store.by_class(at.row_class, issues_tma);
       }
     }
   };
@@ -222,10 +218,8 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
     using namespace cute;
-    auto const [M, N, K, L] = args.problem_shape_mnkl;
-    auto const [m, n, k, l] = args.tile_coord_mnkl;
-    int const row = m * size<0>(Tile{}), column = n * size<1>(Tile{});
     constexpr int kThreads = decltype(size(args.tiled_copy))::value;
+    Vectors const& vectors = shared->of_team[kTeams == 1 ? 0 : threadIdx.x / kThreads - 1];
     // Each thread's share of a vector along the rows or the columns of the tile.
     auto const share = [&](float const* vector, auto stride) {
       auto const tile = make_tensor(make_smem_ptr(vector), take<0, 2>(Tile{}), stride);
@@ -234,28 +228,29 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     };
     using Rows = Stride<_1, _0>;
     using Columns = Stride<_0, _1>;
-    auto const per_token = share(shared->lhs_scale, conditional_t<kSwapped, Columns, Rows>{});
+    auto const per_token = share(vectors.lhs_scale, conditional_t<kSwapped, Columns, Rows>{});
     conditional_t<kSwapped, Rows, Columns> along_features;
-    auto const rhs_scale = share(shared->rhs_scale, along_features);
-    auto const bias = share(shared->bias, along_features);
+    auto const rhs_scale = share(vectors.rhs_scale, along_features);
+    auto const bias = share(vectors.bias, along_features);
     return Callbacks<decltype(args.epi_tile), kThreads, remove_cvref_t<decltype(per_token)>,
                      remove_cvref_t<decltype(bias)>>(
-        *params, *shared, per_token, rhs_scale, bias, kSwapped ? N : M, kSwapped ? column : row,
-        (kSwapped ? row : column) - l * params->direct.step, l, args.thread_idx);
+        *params, per_token, rhs_scale, bias,
+        place(args.problem_shape_mnkl, args.tile_coord_mnkl), args.thread_idx);
   }
 };
 
-template <class Tile, class Element, Operands kOperands>
+template <class Tile, class Element, Operands kOperands, int kTeams>
 struct Epilogue {
-  using Root = Finish<Tile, Element, kOperands>;
+  using Root = Finish<Tile, Element, kOperands, kTeams>;
   using Callbacks =
       cutlass::epilogue::fusion::Sm90EVT<Root, cutlass::epilogue::fusion::Sm90AccFetch>;
 
   static typename Callbacks::Arguments arguments(GemmProblem const& p,
                                                  DirectStoreArguments<Element> const& direct) {
     return {{},
-            {p.lhs_scale, p.rhs_scale, p.bias, p.per_token, p.per_channel, p.n, p.activation,
-             direct}};
+            {p.lhs_scale, p.rhs_scale, p.bias, p.per_token, p.per_channel, p.n,
+             p.bias != nullptr ? p.bias_features : 0, p.activation, p.out_type == Out::kF16,
+             p.out_scale, direct}};
   }
 };
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "gemm.h"
+#include "quantize.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxfp8 {
@@ -57,6 +58,15 @@ inline bool find_out(ffi::DataType type, Out* out) {
   if (type == ffi::BF16) *out = Out::kBF16;
   else if (type == ffi::F16) *out = Out::kF16;
   else if (type == ffi::F32) *out = Out::kF32;
+  else if (type == ffi::F8E4M3FN) *out = Out::kE4M3;
+  else return false;
+  return true;
+}
+
+inline bool find_in(ffi::DataType type, In* in) {
+  if (type == ffi::BF16) *in = In::kBF16;
+  else if (type == ffi::F16) *in = In::kF16;
+  else if (type == ffi::F32) *in = In::kF32;
   else return false;
   return true;
 }

@@ -1,4 +1,4 @@
-// The compiled instances, by kernel and output type.
+// The compiled instances, by kernel and what they store.
 #include "gemm.h"
 
 #include "once_per_device.h"
@@ -6,35 +6,37 @@
 namespace jaxfp8 {
 
 #define JAXFP8_DECLARE(name, ...) \
-  GemmFunctions name##_bf16();    \
-  GemmFunctions name##_f16();     \
-  GemmFunctions name##_f32();
+  GemmFunctions name##_16bits();  \
+  GemmFunctions name##_f32();     \
+  GemmFunctions name##_e4m3();
 JAXFP8_KERNELS(JAXFP8_DECLARE)
 #undef JAXFP8_DECLARE
 
 namespace {
 
-constexpr int kOutCount = static_cast<int>(Out::kCount);
+constexpr int kStoredCount = static_cast<int>(Stored::kCount);
 
-GemmFunctions functions(Kernel kernel, Out out) {
+GemmFunctions functions(Kernel kernel, Stored what) {
   using Make = GemmFunctions (*)();
-  static constexpr Make kInstances[kKernelCount][kOutCount] = {
-#define JAXFP8_COLLECT(name, ...) {name##_bf16, name##_f16, name##_f32},
+  static constexpr Make kInstances[kKernelCount][kStoredCount] = {
+#define JAXFP8_COLLECT(name, ...) {name##_16bits, name##_f32, name##_e4m3},
       JAXFP8_KERNELS(JAXFP8_COLLECT)
 #undef JAXFP8_COLLECT
   };
-  return kInstances[static_cast<int>(kernel)][static_cast<int>(out)]();
+  return kInstances[static_cast<int>(kernel)][static_cast<int>(what)]();
 }
 
 }  // namespace
 
 char const* gemm_prepare(Kernel kernel, Out out) {
-  static OncePerDevice once[kKernelCount][kOutCount];
-  return once[static_cast<int>(kernel)][static_cast<int>(out)].call(functions(kernel, out).prepare);
+  static OncePerDevice once[kKernelCount][kStoredCount];
+  Stored const what = stored(out);
+  return once[static_cast<int>(kernel)][static_cast<int>(what)].call(
+      functions(kernel, what).prepare);
 }
 
-char const* gemm_launch(Kernel kernel, Out out, GemmProblem const& problem) {
-  return functions(kernel, out).launch(problem);
+char const* gemm_launch(Kernel kernel, GemmProblem const& problem) {
+  return functions(kernel, stored(problem.out_type)).launch(problem);
 }
 
 }  // namespace jaxfp8

@@ -5,19 +5,20 @@
 // results; whether a launch does is GemmProblem::dependent.
 #define CUTLASS_ENABLE_GDC_FOR_SM90 1
 
+#include <numeric>
+
 #include "cutlass/cutlass.h"
 // clang-format off
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
-#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/device_kernel.h"
 // clang-format on
 
 #include "class_mainloop.cuh"
 #include "epilogue.cuh"
 #include "gemm.h"
-#include "prefetch.cuh"
+#include "kernel.cuh"
 
 namespace jaxfp8 {
 
@@ -46,6 +47,11 @@ template <Kernel kKernel, class Element>
 struct Gemm {
   static constexpr KernelSpec kSpec = spec_of(kKernel);
   static constexpr bool kSwapped = kSpec.operands == Operands::kSwapped;
+  static constexpr bool kPingpong = kSpec.schedule == Schedule::kPingpong;
+  // Of a thread; promotion holds the partial sums beside the sums.
+  static constexpr int kAccumulators =
+      kSpec.tile_m * kSpec.tile_n / (kSpec.schedule == Schedule::kCooperative ? 256 : 128) *
+      (kSpec.accumulation == Accumulation::kPromoted ? 2 : 1);
 
   // NOTES: CUTLASS promotes when its count of MMAs, which grows by a whole tile, *equals* 4. With a
   // K tile of 256 it never does, and the kernel is silently the fast one (seen: same bits).
@@ -57,7 +63,7 @@ struct Gemm {
   using Cluster = cute::Shape<cute::Int<kSpec.cluster_m>, cute::Int<kSpec.cluster_n>, cute::_1>;
   using Picked = Schedules<kSpec.schedule, kSpec.accumulation>;
   using Fp8 = cutlass::float_e4m3_t;
-  using Fused = Epilogue<Tile, Element, kSpec.operands>;
+  using Fused = Epilogue<Tile, Element, kSpec.operands, kPingpong ? 2 : 1>;
 
   // out is row-major [m, n]; its transpose, which the swapped kernel writes, column-major [n, m].
   using LayoutOut =
@@ -65,15 +71,16 @@ struct Gemm {
   static constexpr int kAlignFp8 = 16;
   static constexpr int kAlignOut = 16 / sizeof(Element);
 
-  // NOTES: 64 columns at a time where CUTLASS would take 32: as fast for aligned rows, and for those
-  // that are not 128 bytes in a run, which is also the widest box of a TMA store.
+  // NOTES: 128 columns at a time where CUTLASS would take 32: each subtile costs two meetings of
+  // its threads and a fence, some 300 clocks.
   using EpilogueTile = cute::conditional_t<
-      kSwapped || sizeof(Element) == 4, cutlass::epilogue::collective::EpilogueTileAuto,
-      cute::Shape<cute::Int<kSpec.schedule == Schedule::kCooperative ? 128 : 64>, cute::_64>>;
+      sizeof(Element) != 2, cutlass::epilogue::collective::EpilogueTileAuto,
+      cute::Shape<cute::Int<kSpec.schedule == Schedule::kCooperative ? 128 : 64>,
+                  cute::Int<std::gcd(kSpec.tile_n, 128)>>>;
 
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float, float,
-      void, LayoutOut, kAlignOut, Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float,
+      float, void, LayoutOut, kAlignOut, Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
       typename Fused::Callbacks>::CollectiveOp;
 
   using CollectiveMainloop = ClassMainloop<typename cutlass::gemm::collective::CollectiveBuilder<
@@ -83,26 +90,16 @@ struct Gemm {
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       typename Picked::Mainloop>::CollectiveOp>;
 
-  using Base =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
-                                           CollectiveEpilogue>;
-  struct GemmKernel : Base {
-    struct Params : Base::Params {
-      Prefetch prefetch;
-    };
-    CUTLASS_DEVICE void operator()(Params const& params, char* shared) {
-      params.prefetch();
-      Base::operator()(params, shared);
-    }
-  };
-  using Device = cutlass::gemm::device::GemmUniversalAdapter<GemmKernel>;
+  using Launched =
+      GemmKernel<kSpec.schedule, CollectiveMainloop, CollectiveEpilogue, typename Fused::Root, Tile,
+                 Cluster, kAccumulators>;
 
   // NOTES: raising the shared-memory limit also loads the kernel's module, which must not happen
   // inside stream capture; so XLA's Initialize stage calls this.
   static char const* prepare() {
     cudaError_t const status = cudaFuncSetAttribute(
-        reinterpret_cast<void const*>(&cutlass::device_kernel<GemmKernel>),
-        cudaFuncAttributeMaxDynamicSharedMemorySize, GemmKernel::SharedStorageSize);
+        reinterpret_cast<void const*>(&cutlass::device_kernel<Launched>),
+        cudaFuncAttributeMaxDynamicSharedMemorySize, Launched::SharedStorageSize);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
   }
 
@@ -149,31 +146,37 @@ struct Gemm {
     int const rows = p.classes.rows(p.m);
     auto const k_major = cute::make_stride(static_cast<int64_t>(p.k), cute::_1{}, int64_t{0});
 
-    typename GemmKernel::Arguments args{};
-    args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-    args.epilogue.thread = Fused::arguments(p, direct);
-    args.epilogue.ptr_D = static_cast<Element*>(p.out);
-    args.hw_info.sm_count = p.sm_count;
-    args.scheduler.max_swizzle_size = p.swizzle;
-    args.mainloop.ptr_A = static_cast<Fp8 const*>(kSwapped ? p.rhs : p.lhs);
-    args.mainloop.ptr_B = static_cast<Fp8 const*>(kSwapped ? p.lhs : p.rhs);
-    args.mainloop.dA = args.mainloop.dB = k_major;
+    typename CollectiveMainloop::Arguments loads{};
+    typename CollectiveEpilogue::Arguments stores{};
+    stores.thread = Fused::arguments(p, direct);
+    stores.ptr_D = static_cast<Element*>(p.out);
+    loads.ptr_A = static_cast<Fp8 const*>(kSwapped ? p.rhs : p.lhs);
+    loads.ptr_B = static_cast<Fp8 const*>(kSwapped ? p.lhs : p.rhs);
+    loads.dA = loads.dB = k_major;
+    auto shape = cute::make_shape(p.n, p.m, p.k, 1);
     if constexpr (kSwapped) {
-      args.problem_shape = {p.n, p.m, p.k, 1};
-      args.epilogue.dD = cute::make_stride(cute::_1{}, tma_pitch, int64_t{0});
+      stores.dD = cute::make_stride(cute::_1{}, tma_pitch, int64_t{0});
     } else {
       // The tiles of the last class begin all but one step early, and have as much further to go.
       int const further = p.classes.count > 1 ? kAlignOut - p.classes.step : 0;
-      args.problem_shape = {rows, p.n + further, p.k, p.classes.count};
-      args.mainloop.dA = cute::make_stride(int64_t{p.k}, cute::_1{}, int64_t{p.k} * rows);
-      args.epilogue.dD = cute::make_stride(tma_pitch, cute::_1{}, int64_t{0});
+      shape = cute::make_shape(rows, p.n + further, p.k, p.classes.count);
+      loads.dA = cute::make_stride(int64_t{p.k}, cute::_1{}, int64_t{p.k} * rows);
+      stores.dD = cute::make_stride(tma_pitch, cute::_1{}, int64_t{0});
     }
-    args.epilogue.dC = args.epilogue.dD;
+    stores.dC = stores.dD;
 
-    // NOTES: can_implement would refuse an n of unaligned rows, whose store is not CUTLASS's.
-    if (Device::get_workspace_size(args) != 0) return "the kernel wants a workspace";
-    typename GemmKernel::Params params{Base::to_underlying_arguments(args, nullptr), {}};
-    params.prefetch = Prefetch(p, Device::get_grid_shape(params));
+    auto const clusters = [](int size, int tile, int cluster) {
+      return (size + tile * cluster - 1) / (tile * cluster);
+    };
+    typename Launched::Params params{
+        CollectiveMainloop::to_underlying_arguments(shape, loads, nullptr),
+        CollectiveEpilogue::to_underlying_arguments(shape, stores, nullptr),
+        shape,
+        TileOrder(clusters(cute::get<0>(shape), kSpec.tile_m, kSpec.cluster_m),
+                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count,
+                  p.swizzle),
+        {}};
+    params.prefetch = Prefetch(p, Launched::blocks(params, p.sm_count));
     if (direct.out != nullptr) {
       // Every store of CUTLASS's own but that of out[0, 0] is clipped away. It writes 16 bytes, all
       // of them right if the row has as many (else: epilogue.cuh). The buffer has as many: XLA's
@@ -183,11 +186,10 @@ struct Gemm {
     if (p.classes.count > 1) {
       auto const whole = cute::make_shape(p.m, p.n, p.k, 1);
       params.mainloop.tma_load_b =
-          CollectiveMainloop::to_underlying_arguments(whole, args.mainloop, nullptr).tma_load_b;
+          CollectiveMainloop::to_underlying_arguments(whole, loads, nullptr).tma_load_b;
       params.mainloop.step = p.classes.step;
     }
-    cutlass::Status const status = Device::run(params, p.stream, nullptr, p.dependent);
-    return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
+    return Launched::launch(params, p.sm_count, p.dependent, p.stream);
   }
 };
 

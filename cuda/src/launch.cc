@@ -11,7 +11,7 @@
 namespace jaxfp8 {
 
 // Returns null, or why it failed. `kernel` -1 is the table's choice; `bias` may be null;
-// `dependent` allows dependent launch where the layer would use it.
+// `dependent` asks for dependent launch, as a product of quantized inputs does.
 JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_type, int m, int n,
                                              int k, void const* lhs, void const* rhs,
                                              float const* lhs_scale, int per_token,
@@ -26,16 +26,17 @@ JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_t
   p.lhs_scale = lhs_scale, p.per_token = per_token != 0;
   p.rhs_scale = rhs_scale, p.per_channel = per_channel != 0;
   p.bias = bias;
+  p.bias_features = n;
   p.activation = static_cast<Activation>(activation);
   p.swizzle = choice.swizzle;
-  p.dependent = dependent != 0 && starts_early(m, n, k);
+  p.dependent = dependent != 0;
   p.stream = static_cast<cudaStream_t>(stream);
   int device = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
-  auto const out_kind = static_cast<Out>(out_type);
-  if (char const* why = gemm_prepare(choice.kernel, out_kind)) return why;
-  return gemm_launch(choice.kernel, out_kind, p);
+  p.out_type = static_cast<Out>(out_type);
+  if (char const* why = gemm_prepare(choice.kernel, p.out_type)) return why;
+  return gemm_launch(choice.kernel, p);
 }
 
 // Returns null, or why it failed. `x_scale` null: a scale for each row.

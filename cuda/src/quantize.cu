@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "chunk.cuh"
 #include "once_per_device.h"
 #include "quantize.h"
 
@@ -19,42 +20,6 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxKept = 8;  // 16-byte chunks of x that one thread holds
 constexpr int kManyRows = 512;
 constexpr int kChunksOfMany = 4;
-
-// How a 16-byte chunk of x is read: the widest access that the row pitch keeps aligned.
-enum class Load { k16Bytes, k8Bytes, kElements };
-
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(float v) { return v; }
-
-// One thread's share of a row: 16 bytes of x.
-template <class T>
-struct alignas(16) Chunk {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
-};
-
-template <class T, Load kLoad>
-__device__ Chunk<T> load_chunk(T const* row, int start, int k) {
-  Chunk<T> chunk;
-  constexpr int kPiece = kLoad == Load::k16Bytes  ? Chunk<T>::kSize
-                         : kLoad == Load::k8Bytes ? Chunk<T>::kSize / 2
-                                                  : 1;
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kSize; i += kPiece) {
-    bool const inside = start + i < k;  // k is a multiple of kPiece, so a piece is never split
-    if constexpr (kLoad == Load::k16Bytes) {
-      auto* to = reinterpret_cast<uint4*>(&chunk.v[i]);
-      *to = inside ? __ldg(reinterpret_cast<uint4 const*>(row + start + i)) : uint4{};
-    } else if constexpr (kLoad == Load::k8Bytes) {
-      auto* to = reinterpret_cast<uint2*>(&chunk.v[i]);
-      *to = inside ? __ldg(reinterpret_cast<uint2 const*>(row + start + i)) : uint2{};
-    } else {
-      chunk.v[i] = inside ? row[start + i] : T(0.f);
-    }
-  }
-  return chunk;
-}
 
 // |x| as ordered bits: infinity is above every number and NaN above infinity, so a plain integer
 // maximum keeps both, where fmaxf would lose the NaN. Two 16-bit numbers go through at once.
@@ -120,26 +85,36 @@ template <class T, Load kLoad, int kKept>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
                   uint8_t* __restrict__ q, float* __restrict__ scale, int m, int k, int k_pad,
-                  RowClasses classes) {
-  // The GEMM behind may take its place on the device now; it waits for this grid's end before it
-  // reads. Without effect unless it was launched as a dependent.
-  asm volatile("griddepcontrol.launch_dependents;");
+                  RowClasses classes, bool lets_next_start) {
+  // The GEMM behind waits for this grid's end before it reads. Without effect unless it was launched
+  // as a dependent.
+  if (lets_next_start) asm volatile("griddepcontrol.launch_dependents;");
   constexpr int kSize = Chunk<T>::kSize;
   int const row_index = blockIdx.x * blockDim.y + threadIdx.y;
   bool const active = row_index < m;
   T const* row = x + static_cast<int64_t>(active ? row_index : 0) * k;
   int const step = blockDim.x * kSize;
   int const start = threadIdx.x * kSize;
+  bool const shifted =  // the same for all threads of a row, and so of a warp
+      kLoad == Load::k8Bytes && reinterpret_cast<uintptr_t>(row) % 16 != 0;
 
   Chunk<T> kept[kKept > 0 ? kKept : 1];
   Amax<T> chunk_amax;
   if constexpr (kKept > 0) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
+    for (int i = 0; i < kKept; ++i) {
+      kept[i] = load_chunk<T, kLoad>(row, start + i * step, k, shifted);
+    }
+    if (shifted) {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) kept[i] = shift(kept[i], row, start + i * step, k);
+    }
 #pragma unroll
     for (int i = 0; i < kKept; ++i) chunk_amax.add(kept[i]);
   } else if (x_scale == nullptr) {
-    for (int at = start; at < k; at += step) chunk_amax.add(load_chunk<T, kLoad>(row, at, k));
+    for (int at = start; at < k; at += step) {
+      chunk_amax.add(load_chunk<T, kLoad>(row, at, k, false));
+    }
   }
 
   bool const is_static = x_scale != nullptr;
@@ -186,13 +161,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (at < k_pad) store(kept[i], at);
     }
   } else {
-    for (int at = start; at < k_pad; at += step) store(load_chunk<T, kLoad>(row, at, k), at);
+    for (int at = start; at < k_pad; at += step) store(load_chunk<T, kLoad>(row, at, k, false), at);
   }
 }
 
 template <class T>
-using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int,
-                               RowClasses);
+using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int, RowClasses,
+                                bool);
 
 template <class T, Load kLoad>
 QuantizeKernel<T> pick_kept(int kept) {
@@ -217,21 +192,22 @@ QuantizeKernel<T> pick_load(Load load, int kept) {
 template <class T>
 char const* launch(QuantizeProblem const& p) {
   auto const pitch = static_cast<uint64_t>(p.k) * sizeof(T) | reinterpret_cast<uintptr_t>(p.x);
-  Load const load = pitch % 16 == 0  ? Load::k16Bytes
-                    : pitch % 8 == 0 ? Load::k8Bytes
-                                     : Load::kElements;
   int const chunks = (p.k_pad + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
   // NOTES: few rows want all threads on each, for the latency; many rows want a few chunks a
   // thread in flight, and blocks small enough that others load while one waits at its barrier.
   int kept = p.m >= kManyRows ? kChunksOfMany : 1;
   while (kept <= kMaxKept && kMaxThreads * kept < chunks) kept *= 2;
+  // A row that is read twice is not shifted.
+  Load const load = pitch % 16 == 0                       ? Load::k16Bytes
+                    : pitch % 8 == 0 && kept <= kMaxKept ? Load::k8Bytes
+                                                          : Load::kElements;
   int const shares = kept <= kMaxKept ? (chunks + kept - 1) / kept : kMaxThreads;
   int const threads = std::min((shares + 31) / 32 * 32, kMaxThreads);
   int const rows = std::max(1, 256 / threads);
   auto* kernel = pick_load<T>(load, kept <= kMaxKept ? kept : 0);
   kernel<<<(p.m + rows - 1) / rows, dim3(threads, rows), 0, p.stream>>>(
       static_cast<T const*>(p.x), p.x_scale, static_cast<uint8_t*>(p.q), p.scale, p.m, p.k,
-      p.k_pad, p.classes);
+      p.k_pad, p.classes, p.lets_next_start);
   cudaError_t const status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

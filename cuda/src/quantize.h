@@ -19,6 +19,7 @@ struct QuantizeProblem {
   float const* x_scale;  // one static scale, or null: one for each row
   void* q;               // e4m3 [m, k_pad]
   float* scale;          // [m]; written in either case
+  bool lets_next_start;  // a dependent kernel may take its place as soon as all blocks have begun
   RowClasses classes;    // with several, q is [classes, rows of the largest, k_pad], scale likewise
   cudaStream_t stream;
 };

@@ -32,9 +32,9 @@ inline constexpr Row kTable[] = {
     {Accumulation::kFast, 128, 0, 6143, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.01-1.17
     {Accumulation::kFast, 128, 0, kAny, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 1.01-1.03
     {Accumulation::kFast, 256, 0, 2048, 0, Kernel::fast_swap_pp_64x64x128_1x2, 1},       // 64x64x256 1.03
-    {Accumulation::kFast, 256, 3585, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},   // 64x128 2x1 1.04-1.11
+    {Accumulation::kFast, 256, 0, 6143, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1 1.05-1.06
     {Accumulation::kFast, 256, 6144, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},       // swapped 64x128 1.02-1.06
-    {Accumulation::kFast, 512, 0, 3584, 0, Kernel::fast_pp_64x128x128_2x1, 1},           // swapped 64x128 0.99-1.04
+    {Accumulation::kFast, 512, 0, 3584, 0, Kernel::fast_swap_pp_64x128x128_1x1, 1},      // 64x128 2x1 1.00-1.06
     {Accumulation::kFast, 2048, 0, kAny, 0, Kernel::fast_pp_128x128x128_1x1, 1},         // 1x2 1.00-1.09, 128x256 1.01-1.05
     {Accumulation::kFast, kAny, 0, 3584, 0, Kernel::fast_pp_128x128x128_1x2, 1},         // 1x1 1.00-1.05
     {Accumulation::kFast, kAny, 6144, 16383, 6144, Kernel::fast_coop_128x256x128_2x1, 4},// 128x128 0.94-1.16: power decides
@@ -71,10 +71,11 @@ constexpr bool every_shape_has_a_row() {
 }
 static_assert(every_shape_has_a_row(), "a shape without a row, or a kernel of the wrong kind");
 
-// Whether the GEMM starts while the quantize kernel still runs (programmatic dependent launch).
-// H200, 2026-11-22, an MLP block with and without, us: 1280-3420 at M = 1024 37.5 and 39.0, at 4096
-// 106.5 and 108.6; 4096-14336 at M = 256 70.1 and 66.4, at 1024 203 and 190, at 4096 835 and 736. At
-// M <= 128 it saves 5-30 % of a GEMM.
+// Whether the GEMM of a dense call starts while the quantize kernel before it still runs
+// (programmatic dependent launch, with an early trigger). H200, 2026-11-22, an MLP block without and
+// with, us: 4096-14336 at M = 16 40.1 and 37.6, at 128 47.9 and 46.3, at 256 66.1 and 67.5, at 1024
+// 191 and 198, at 4096 765 and 844; 1280-3424 at M = 256 19.2 and 18.1, at 4096 96.6 and 93.8.
+// A GEMM after a GEMM, without a trigger so early, gains at every size: 1-7 % up to M = 1024.
 inline bool starts_early(int m, int n, int k) {
   constexpr int64_t kSmallWeight = 8 << 20;
   return m <= 128 || int64_t{n} * k <= kSmallWeight;
