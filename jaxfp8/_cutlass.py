@@ -39,7 +39,7 @@ FROM_TABLE = np.int32(-1)
 # to 8 of them, whose numbers are rounded up to be alike (`cuda/src/direct_store.cuh`).
 TMA_BYTES = 16
 ROW_CLASSES = 8
-# What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they accept.
+# What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they take.
 CALLS = 3
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
