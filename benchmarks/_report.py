@@ -127,12 +127,13 @@ def gpu_name() -> str | None:
     return _nvidia_smi()[0]
 
 
-def write_json(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """`folder/name.json`, `name-cpu.json` for what is no GPU number."""
+def write_json(folder: Path, name: str, content: dict[str, Any], *, quiet: bool = False) -> Path:
+    """`folder/name.json`, `name-cpu.json` for what is no GPU number; says so unless `quiet`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{'' if content['is_gpu_number'] else '-cpu'}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"Written: {path}")
+    if not quiet:
+        print(f"Written: {path}")
     return path
 
 

@@ -33,9 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=shapes.parse_sizes, help="M,M,... instead of 1,16,32,...,8192"
     )
+    parser.add_argument(
+        "--blocks", type=_blocks, help="one group of blocks instead of all: 1280-3420,1280-3424"
+    )
     parser.add_argument("--quick", action="store_true", help="M = 16 and 1024 alone")
     parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product too")
     parser.add_argument("--no-trace", action="store_true", help="wall time alone")
+
+
+def _blocks(text: str) -> tuple[Block, ...]:
+    """`FEATURES-HIDDEN,...`; argparse turns a ValueError into its message."""
+    pairs = [tuple(map(int, block.split("-"))) for block in text.split(",")]
+    return tuple((features, hidden) for features, hidden in pairs)
 
 
 @dataclasses.dataclass
@@ -57,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print and write; 1 if a result was wrong."""
     on_gpu = _device.is_measured()
     groups = shapes.LAYER_GROUPS if on_gpu else shapes.CPU_LAYER_GROUPS
+    if options.blocks:
+        groups = (options.blocks,)
     ms = shapes.LAYER_ROWS if on_gpu else shapes.CPU_LAYER_ROWS
     if options.quick:
         ms = shapes.QUICK_LAYER_ROWS
@@ -74,15 +85,18 @@ def run(options: argparse.Namespace) -> int:
         kinds += ["flax"] if options.peers else []
         contestants = [_compile(kind, b, m, weights[b]) for b in group for kind in kinds]
         rows += measure(contestants, m, options.rounds, trace=on_gpu and not options.no_trace)
-    content = {
-        "benchmark": "layer",
-        "is_gpu_number": on_gpu,
-        "environment": _report.environment(jax.devices()[0].device_kind),
-        "rounds": {"wall": options.rounds, "busy": _clocks.TRACE_ROUNDS},
-        "rows": rows,
-    }
+        # After each case, so that a run that is cut off leaves what it has.
+        content = {
+            "benchmark": "layer",
+            "is_gpu_number": on_gpu,
+            "environment": _report.environment(jax.devices()[0].device_kind),
+            "rounds": {"wall": options.rounds, "busy": _clocks.TRACE_ROUNDS},
+            "complete": (group, m) == cases[-1],
+            "rows": rows,
+        }
+        written = _report.write_json(options.out, "layer", content, quiet=True)
     _print(rows)
-    _report.write_json(options.out, "layer", content)
+    print(f"Written: {written}")
     errors = [e for row in rows for kind, e in row["errors"].items() if kind != "flax"]
     return int(not all(error < ERROR_LIMIT for error in errors))  # false for NaN
 

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             params = {"bf16": dense, "fp8": _mlp.fp8_layers(dense)}
         stack = {kind: _compile(kind, widths, m, params[kind]) for kind in KINDS}
         trace = on_gpu and not options.no_trace
-        rows.append(measure(stack, widths, m, options.rounds, trace=trace, graphs=trace))
+        rows.append(measure(stack, widths, m, options.rounds, trace=trace))
     content = {
         "benchmark": "stack",
         "is_gpu_number": on_gpu,
