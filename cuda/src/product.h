@@ -104,8 +104,8 @@ struct Product {
     if (k < 1 || qvalue.dimensions()[1] != k || out_features < 1 || out_features > n_pad ||
         out.dimensions()[0] != m || out.dimensions()[1] != width || !is_scale(scale, n_pad, 1) ||
         !is_vector_or_empty(bias, out_features) || !is_scalar_or_empty(out_scale) ||
-        (out_scale.element_count() != 0) != quantized || m > kMaxSize || n_pad > kMaxSize ||
-        k > kMaxSize) {
+        (out_scale.element_count() != 0) != quantized || (quantized && n_pad % 16 != 0) ||
+        m > kMaxSize || n_pad > kMaxSize || k > kMaxSize) {
       return false;
     }
     p->m = static_cast<int>(m), p->n = static_cast<int>(width), p->k = static_cast<int>(k);
