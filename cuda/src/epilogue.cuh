@@ -179,7 +179,8 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
       for (int i = 0; i < cute::size(z); ++i) z(i) = fmaf(l(i), r(i) * z(i), b(i));
       activate(z, params.activation);
       if constexpr (sizeof(Element) == 2) round_to_16_bits(z, params.float16);
-      if constexpr (sizeof(Element) == 1) divide(z, __ldg(params.out_scale));
+      // Not __ldg: with dependent launch the kernel before may have written it after this one began.
+      if constexpr (sizeof(Element) == 1) divide(z, *params.out_scale);
     }
 
     // CUTLASS's own store, of a tensor of one element, writes 16 bytes (what TMA clips, it clips to

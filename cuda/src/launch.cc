@@ -19,6 +19,7 @@ JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_t
                                              float const* bias, void* out, int64_t out_pitch,
                                              int activation, int dependent,
                                              void* stream) {
+  if (static_cast<Out>(out_type) == Out::kE4M3) return "there is no out_scale for an e4m3 result";
   Choice const choice = choose(m, n, k, promoted != 0, kernel);
   GemmProblem p{};
   p.m = m, p.n = n, p.k = k, p.out_pitch = out_pitch;

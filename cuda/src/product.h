@@ -88,7 +88,9 @@ inline ffi::Error launch_gemm(GemmProblem& p, Choice choice, int device) {
   return ffi::Error::Success();
 }
 
-inline constexpr int64_t kMaxSize = 0x7fffffff - 1024;  // rounded up to tiles, still an int
+// Rounded up to tiles, or a step of the quantize kernel (1024 threads of 8 elements) further, still
+// an int.
+inline constexpr int64_t kMaxSize = 0x7fffffff - 8192;
 
 // What the products have in common: the weight, what is added and applied, and the result.
 struct Product {
