@@ -21,8 +21,8 @@ namespace jaxfp8 {
 // nothing uses, a scheduler of 64-bit divisions and a barrier of the whole block; here the warp that
 // has made the barriers of the loads issues them at once. And an epilogue there asks for its scales
 // when the product is done; here each thread has asked for them before it begins (Finish::fetch).
-// Tried, and of no use: the first stages of the weight loaded before the wait for x; constants and
-// instructions are not what is waited for.
+// Tried, and of no use: the first stages of the weight loaded before the wait for x; the kernel's
+// parameters read at once by all warps.
 template <Schedule kSchedule, class Mainloop, class Epilogue, class Finish, class TileShape,
           class Cluster, int kAccumulators>
 struct GemmKernel {
