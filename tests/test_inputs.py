@@ -9,12 +9,12 @@ import pytest
 from helpers import (
     Product,
     accumulation,
-    bits,
     check_quantized,
     dense_product,
     implementations,
     randn,
 )
+from update_cases import assert_same_bits
 
 from jaxfp8 import PaddedKernel, QuantizedInput, fp8_dense, quantize, quantize_input
 from jaxfp8._cutlass import cuda_devices
@@ -33,13 +33,6 @@ dtypes = pytest.mark.parametrize(
 )
 leads = pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)], ids=str)
 statics = pytest.mark.parametrize("x_scale", [None, STATIC], ids=["per-token", "static"])
-
-
-def assert_same_bits(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_array_equal(bits(a), bits(b))
 
 
 @implementations

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from update_cases import assert_same_bits
 
 from jaxfp8.linen import PaddedFP8Dense
 from jaxfp8.padded import PaddedKernel
@@ -19,13 +20,6 @@ FLOAT = jnp.float32
 
 def inputs(*shape: int, seed: int = 1, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def assert_same_bits(got, want) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def rounded(a: np.ndarray, scale) -> np.ndarray:

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import bits, check_quantized, cuda_text, randn
+from helpers import check_quantized, cuda_text, randn
+from update_cases import assert_same_bits
 
 from jaxfp8 import PaddedFP8Dense, QuantizedInput, fp8_dense, quantize, quantize_input
 from jaxfp8.matmul import fp8_dense_float
@@ -19,13 +20,6 @@ PAIR = quantize(X, axis=-1)
 SCALE = np.float32(0.02)
 options = dict(bias_init=nn.initializers.normal(), activation="relu")
 quantized = pytest.mark.parametrize("inputs", [QX, PAIR], ids=["QuantizedInput", "pair"])
-
-
-def assert_same_bits(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_array_equal(bits(a), bits(b))
 
 
 @quantized

@@ -49,22 +49,6 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     return args;
   }
 
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*,
-                                              cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
   CUTLASS_HOST_DEVICE Finish() {}
   CUTLASS_HOST_DEVICE Finish(Params const& params, SharedStorage const& shared)
       : params(&params), shared(const_cast<SharedStorage*>(&shared)) {}

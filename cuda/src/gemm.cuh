@@ -72,7 +72,8 @@ struct Gemm {
   static constexpr int kAlignOut = 16 / sizeof(Element);
 
   // NOTES: 128 columns at a time where CUTLASS would take 32: each subtile costs two meetings of
-  // its threads and a fence, some 300 clocks.
+  // its threads and a fence. Against 64 (32 swapped): 128x256 at 4096^3 116.2 to 114.7 us, swapped
+  // 64x128 at 256x4096x4096 9.98 to 9.92 (H200, 2026-11-22).
   using EpilogueTile = cute::conditional_t<
       sizeof(Element) != 2, cutlass::epilogue::collective::EpilogueTileAuto,
       cute::Shape<cute::Int<kSpec.schedule == Schedule::kCooperative ? 128 : 64>,

@@ -17,7 +17,9 @@ struct Row {
 
 // Evidence: one H200, 2026-11-22, `python -m benchmarks gemm --kernels all`: CUDA-graph replay,
 // interleaved, weights rotated past the L2, 60 shapes, dependent launch where the layer uses it.
-// The last column: (time of the runner-up named / this kernel's) at the shapes of the row. "ws
+// The last column: (time of the runner-up named / this kernel's) at the shapes of the row, under
+// CUTLASS's own kernel layer; under kernel.cuh only the rows of M = 256 and 512 up to N of 6143 were
+// looked at again, and two of them changed, in a sweep that is not kept. "ws
 // 64x32", warp-specialized without a second consumer, lost everywhere and is compiled no more.
 inline constexpr Row kTable[] = {
     // clang-format off
