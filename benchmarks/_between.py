@@ -41,13 +41,9 @@ def is_worth_timing(kernel: str, m: int) -> bool:
     return rows is None or not (rows < 64 and m > 8 * rows or rows >= 128 and 4 * m <= rows)
 
 
-def chosen(table: Sequence[_table.Row], shape: Gemm) -> dict[str, dict[str, Any]]:
-    """What the table picks, by accumulation: kernel and options."""
-    found = {}
-    for kind in _table.KINDS:
-        row = table[_table.select(table, shape, kind)]
-        found[kind] = {"kernel": row.kernel, **row.options}
-    return found
+def chosen(table: _table.Table, shape: Gemm) -> dict[str, str]:
+    """What the table picks, by accumulation."""
+    return {kind: table.chosen(shape, kind) for kind in _table.KINDS}
 
 
 def compare(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -65,12 +61,11 @@ def compare(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         if not ratios:
             continue
-        options = {name: value for name, value in pick.items() if name != "kernel"}
         # The same kernel once more tells of nothing but noise.
-        twin = ratios.pop(pick["kernel"], None) if options == _table.FORCED else None
-        best = min(ratios, key=ratios.__getitem__, default=pick["kernel"])
+        twin = ratios.pop(pick, None)
+        best = min(ratios, key=ratios.__getitem__, default=pick)
         if ratios.get(best, 1.0) >= 1.0:
-            best = pick["kernel"]
+            best = pick
         found[kind] = {
             "best": best,
             "best_over_chosen": min(1.0, *ratios.values()) if ratios else 1.0,
@@ -103,7 +98,7 @@ def show(rows: Sequence[dict[str, Any]], summary: dict[str, dict[str, Any]]) -> 
         for kind, found in row.get("between", {}).items():
             ours = row["microseconds"]["ours" if kind == "fast" else "ours_promoted"]
             line: list[_report.Cell] = [str(row[key]) for key in "mnk"]
-            line += [kind, f"{ours:.2f}", row["chosen"][kind]["kernel"], found["best"]]
+            line += [kind, f"{ours:.2f}", row["chosen"][kind], found["best"]]
             ratio = found["best_over_chosen"]
             style = "green" if ratio >= TARGETS[0] else "red" if ratio < TARGETS[1] else ""
             line.append((f"{ratio:.3f}", style))

@@ -32,7 +32,7 @@ class Library:
         self._gemm.argtypes = [
             *(number, number, number),  # kernel, promoted, out_dtype
             *(number, number, number),  # m, n, k
-            *(pointer, pointer),  # lhs, rhs
+            *(pointer, number, pointer),  # lhs, lhs_rows, rhs
             *(pointer, number, pointer, number),  # lhs_scale, per_token, rhs_scale, per_channel
             *(pointer, pointer, ctypes.c_longlong),  # bias, out, out_pitch
             *(number, number, pointer),  # activation, dependent, stream
@@ -55,15 +55,17 @@ class Library:
         kernel: int = FROM_TABLE,
         promoted: bool = False,
         dependent: bool = True,
+        lhs_rows: int | None = None,
     ) -> Any:
         """`out = lhs_scale * rhs_scale * (lhs @ rhs.T)` in bfloat16, on torch's current stream.
 
-        `dependent` allows dependent launch where the layer uses it (small M).
+        `dependent` allows dependent launch, as a product of quantized inputs has it. Of `lhs`,
+        `lhs_rows` lie in memory (default: M): a layer's scratch has whole tiles.
         """
         (m, k), n = lhs.shape, rhs.shape[0]
         error = self._gemm(
             *(kernel, int(promoted), OUT_BF16, m, n, k),
-            *(lhs.data_ptr(), rhs.data_ptr()),
+            *(lhs.data_ptr(), lhs_rows or m, rhs.data_ptr()),
             *(lhs_scale.data_ptr(), 1, rhs_scale.data_ptr(), 1),
             *(None, out.data_ptr(), out.stride(0), 0, int(dependent), _current_stream()),
         )

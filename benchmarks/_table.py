@@ -1,8 +1,7 @@
 """The table that chooses a kernel for each shape, read from cuda/src/table.h; never written.
 
-Its rows are regular: `{Accumulation::kFast, 16, 0, kAny, 0, Kernel::name, 1}, // evidence`. What
-the columns mean is read from `struct Row` above them, so a further limit or option needs no change
-here.
+A twin of that file's `choose`: the constants are read from there, and a test compares what both
+choose with a C++ compiler's help.
 """
 
 from __future__ import annotations
@@ -18,115 +17,132 @@ from benchmarks.shapes import Gemm
 
 TABLE = _report.ROOT / "cuda" / "src" / "table.h"
 KINDS = ("fast", "promoted")
-# How a kernel is launched when it is named outright, as `gemm --kernels all` does.
-FORCED = {"swizzle": 1}
 
-_STRUCT = re.compile(r"struct Row \{(.*?)\};", re.DOTALL)
-_FIELD = re.compile(r"(?:Accumulation|Kernel|int|bool) ([\w, ]+);")
+_NUMBER = r"-?\d+(?:\.\d*)?(?:e-?\d+)?"
 _ROWS = re.compile(r"kTable\[\] = \{(.*?)\n\};", re.DOTALL)
-_ROW = re.compile(r"\s*\{([^{}]*)\}\s*,?\s*(?://\s*(.*))?")
-_LIMIT = re.compile(r"(min|max)_([mnk])")
-_ANY = 1 << 30
-_TILE = re.compile(r"_(\d+)x(\d+)x\d+_\d+x\d+$")
+_ROW = re.compile(rf"\s*\{{Kernel::(\w+), +({_NUMBER}), +({_NUMBER}), +({_NUMBER})\}},\s*")
+_NAME = re.compile(r"(fast|promoted)(_swap)?_(ws|pp|coop)_(\d+)x(\d+)x(\d+)_(\d+)x(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the memory and the L2 cache give, in bytes a microsecond, and when the first arrives."""
+
+    multiprocessors: int
+    rate: float
+    cache_rate: float
+    start: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row: the limits of its shapes, and what it chooses.
+    """One kernel and what it takes, in microseconds.
 
     Attributes:
-        kind: "fast" or "promoted".
-        limits: inclusive, by name, such as `max_m`; None where the table says "any".
-        options: how the kernel is launched, such as `swizzle`.
-        evidence: the comment behind it.
+        k_tile: of each step along K of a tile.
+        tile: of a tile besides.
+        launch: once.
     """
 
-    kind: str
-    limits: dict[str, int | None]
     kernel: str
-    options: dict[str, int]
-    evidence: str
+    k_tile: float
+    tile: float
+    launch: float
 
-    def matches(self, shape: Gemm, kind: str) -> bool:
-        return kind == self.kind and all(
-            limit is None or _within(getattr(shape, name[-1]), name, limit)
-            for name, limit in self.limits.items()
-        )
-
-    def __str__(self) -> str:
-        parts = []
-        for name, limit in self.limits.items():
-            if limit is not None and (limit > 0 or name.startswith("max")):
-                parts.append(f"{name[-1].upper()}{'<=' if name[:3] == 'max' else '>='}{limit}")
-        return " ".join(parts) or "any"
+    @property
+    def kind(self) -> str:
+        return self.kernel.split("_")[0]
 
 
-def read(path: Path = TABLE) -> list[Row]:
-    """The rows in their order.
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows in their order, and the constants that they share."""
+
+    rows: Sequence[Row]
+    memory: Memory
+
+    def chosen(self, shape: Gemm, kind: str) -> str:
+        """The kernel that is expected to take least."""
+        rows = [row for row in self.rows if row.kind == kind]
+        return min(rows, key=lambda row: expected_time(row, self.memory, shape)).kernel
+
+    def with_rows(self, rows: Sequence[Row]) -> Table:
+        return dataclasses.replace(self, rows=rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one kernel has to do for one shape, as `expected_time6` of table.h counts it."""
+
+    waves: int
+    k_tiles: int
+    memory_time: float
+
+    @staticmethod
+    def of(kernel: str, memory: Memory, shape: Gemm) -> Work:
+        found = _NAME.fullmatch(kernel)
+        if found is None:
+            raise ValueError(f"{kernel!r} is no kernel's name.")
+        tile_m, tile_n, tile_k, cluster_m, cluster_n = map(int, found.groups()[3:])
+        m, n, k = shape.m, shape.n, shape.k
+        rows, columns = (n, m) if found[2] else (m, n)
+        span_m, span_n = tile_m * cluster_m, tile_n * cluster_n
+        clusters = -(-rows // span_m) * -(-columns // span_n)
+        waves = -(-clusters // (memory.multiprocessors // (cluster_m * cluster_n)))
+        once = n * k + m * k + 2.0 * m * n
+        again = max(clusters * (span_m + span_n) * k - once, 0)
+        time = once / memory.rate + again / memory.cache_rate + memory.start
+        return Work(waves, -(-k // tile_k), time)
+
+    def time(self, k_tile: float, tile: float, launch: float) -> float:
+        """Microseconds."""
+        compute = self.waves * (self.k_tiles * k_tile + tile) + launch
+        return (compute**6 + self.memory_time**6) ** (1 / 6)
+
+
+def expected_time(row: Row, memory: Memory, shape: Gemm) -> float:
+    """Microseconds."""
+    return Work.of(row.kernel, memory, shape).time(row.k_tile, row.tile, row.launch)
+
+
+def read(path: Path = TABLE) -> Table:
+    """The table.
 
     Raises:
         ValueError: if the file does not look as this module expects.
     """
     text = path.read_text()
-    struct, body = _STRUCT.search(text), _ROWS.search(text)
-    if struct is None or body is None:
-        raise ValueError(f"{path} has no `struct Row {{...}};` or no `kTable[] = {{...}};`.")
-    fields = [name.strip() for names in _FIELD.findall(struct[1]) for name in names.split(",")]
+    body = _ROWS.search(text)
+    if body is None:
+        raise ValueError(f"{path} has no `kTable[] = {{...}};`.")
     rows = []
     for line in body[1].splitlines():
         if "{" not in line.split("//")[0]:
             continue
         row = _ROW.fullmatch(line)
-        values = [value.strip() for value in row[1].split(",")] if row else []
-        if row is None or len(values) != len(fields):
+        if row is None or _NAME.fullmatch(row[1]) is None:
             raise ValueError(
-                f"a row of {path} is written {{{', '.join(fields)}}} on a line of its own, but "
-                f"one is {line.strip()!r}."
+                f"a row of {path} is written {{Kernel::name, k_tile, tile, launch}} on a line of "
+                f"its own, but one is {line.strip()!r}."
             )
-        rows.append(_row(dict(zip(fields, values, strict=True)), row[2] or "", line))
-    return rows
-
-
-def select(rows: Sequence[Row], shape: Gemm, kind: str) -> int:
-    """The index of the first row that matches."""
-    for index, row in enumerate(rows):
-        if row.matches(shape, kind):
-            return index
-    raise ValueError(f"the table has no row for {shape}, {kind}.")
+        rows.append(Row(row[1], *map(float, row.groups()[1:])))
+    for kind in KINDS:
+        if all(row.kind != kind for row in rows):
+            raise ValueError(f"{path} has no row of a {kind} kernel.")
+    names = ("kMultiprocessors", "kMemoryRate", "kCacheRate", "kMemoryStart")
+    values = [_constant(text, name, path) for name in names]
+    return Table(rows, Memory(int(values[0]), *values[1:]))
 
 
 def tile_rows(kernel: str) -> int | None:
     """How many rows of x a kernel's tile has, by its name; None if that does not say."""
-    tile = _TILE.search(kernel)
+    found = _NAME.fullmatch(kernel)
     # A swapped kernel's tile runs over output features first.
-    return int(tile[2] if "_swap_" in kernel else tile[1]) if tile else None
+    return int(found[5] if found[2] else found[4]) if found else None
 
 
-def _within(size: int, name: str, limit: int) -> bool:
-    return size <= limit if name.startswith("max") else size >= limit
-
-
-def _row(values: dict[str, str], evidence: str, line: str) -> Row:
-    limits: dict[str, int | None] = {}
-    options: dict[str, int] = {}
-    kind = values.pop("accumulation").removeprefix("Accumulation::k").lower()
-    kernel = values.pop("kernel").removeprefix("Kernel::")
-    if kind not in KINDS:
-        raise ValueError(f"accumulation must be kFast or kPromoted, but a row is {line.strip()!r}.")
-    for name, value in values.items():
-        number = _number(value, line)
-        if _LIMIT.fullmatch(name):
-            limits[name] = None if number == _ANY else number
-        else:
-            options[name] = number
-    return Row(kind, limits, kernel, options, evidence.strip())
-
-
-def _number(value: str, line: str) -> int:
-    if value == "kAny":
-        return _ANY
-    if value in ("true", "false"):
-        return int(value == "true")
-    if not value.isdigit():
-        raise ValueError(f"{value!r} is no number, in the row {line.strip()!r}.")
-    return int(value)
+def _constant(text: str, name: str, path: Path) -> float:
+    found = re.search(rf"\b{name} = ({_NUMBER})", text)
+    if found is None:
+        raise ValueError(f"{path} has no `{name} = ...`.")
+    return float(found[1])

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         print(_report.NO_GPU)
     todo = _shapes(options, on_gpu)
     every_kernel = options.between or options.kernels == "all"
-    table = _table.read() if every_kernel else []
+    table = _table.read()
     rows = []
     for shape in _report.Progress(len(todo)).steps(todo):
         rows.append(measure(shape, peak, prepare(shape), options.rounds))

@@ -1,217 +1,195 @@
-"""The evidence of every row of the kernel table, again, and what would change; edits nothing.
+"""The constants of every row of the kernel table, fitted again; edits nothing.
 
-Reads what `gemm --kernels all` and `gemm --between` wrote, and cuda/src/table.h. For each row: how
-many of the shapes it decides, the best of the other kernels there, that one's time / the row's, and
-the gain in geometric mean if the row took it. Then the shapes where another kernel is more than 2 %
-faster. A shape in several files counts as the last one has it. Needs no GPU.
+Reads files that hold times of kernels by name, as `gemm --kernels all` and `gemm --between` write
+them, and cuda/src/table.h. For each row: the constants as they are and as these times would have
+them, and how far the fit is off. Then what the choice is worth with either: the best kernel's time
+/ the chosen one's, at the shapes of FILES and at those of `--check`, which are not fitted to. Then
+the shapes where another kernel is more than 2 % faster than the table's. Needs no GPU, but scipy.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import _report, _table
-from benchmarks._timing import geometric_mean, mean_and_worst
+from benchmarks._timing import mean_and_worst
 from benchmarks.shapes import Gemm
 
 
 # What another kernel has to win before it is worth a line.
 WORTH = 1.02
+# A row with fewer shapes than this keeps its constants.
+LEAST_SHAPES = 6
+# Deviations are minimized in logarithms, those above 5 % less than quadratically. Where a kernel
+# is far from the best, how far matters little: it weighs (best / its time)^3.
+SOFT, WEIGHT_POWER = 0.05, 3
+START = (0.2, 1.0, 2.0)
 
-
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """What the table picks for a shape, and every other kernel's time / the pick's."""
-
-    pick: str
-    others: dict[str, float]
-
-    def best(self) -> tuple[str, float]:
-        """The fastest kernel and its time / the pick's, which may be the pick's own, 1."""
-        name = min(self.others, key=self.others.__getitem__, default=self.pick)
-        if self.others.get(name, 1.0) < 1.0:
-            return name, self.others[name]
-        return self.pick, 1.0
-
-
-# By shape and accumulation.
-Relative = dict[tuple[Gemm, str], Times]
+# Microseconds by shape and kernel.
+Times = Mapping[Gemm, Mapping[str, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, help="gemm.json, gemm-between.json, ...")
+    parser.add_argument("files", nargs="+", type=Path, help="gemm.json, kernel-times.json, ...")
+    parser.add_argument("--check", nargs="+", type=Path, default=[], help="not fitted to")
     parser.add_argument(
         "--table", type=Path, default=_table.TABLE, help="default: cuda/src/table.h"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, print and write; 1 if the files hold no shape at which the table's pick was timed."""
+    """Read, fit, print and write; 1 if the files hold no times of the table's kernels."""
     contents = [json.loads(path.read_text()) for path in options.files]
+    checks = [json.loads(path.read_text()) for path in options.check]
     for key in ("source_hash", "gpu"):
-        if len({content["environment"].get(key) for content in contents}) > 1:
+        if len({content["environment"].get(key) for content in contents + checks}) > 1:
             print(f"These files differ in their {key}: their times are of different programs.")
     table = _table.read(options.table)
-    relative, missing = relative_times(table, contents)
-    rows = [evidence(index, row, table, relative) for index, row in enumerate(table)]
-    faster = faster_kernels(relative)
-    summary = {
-        kind: mean_and_worst(
-            [(str(shape), times.best()[1]) for (shape, of), times in relative.items() if of == kind]
-        )
-        for kind in dict.fromkeys(kind for _, kind in relative)
+    times, held_out = times_of(table, contents), times_of(table, checks)
+    if not times:
+        print("These files hold no times of the table's kernels: `gemm --kernels all` writes them.")
+        return 1
+    rows = [fit(row, table.memory, times) for row in table.rows]
+    fitted = table.with_rows([_table.Row(row["kernel"], *row["fitted"]) for row in rows])
+    choices = {
+        f"{where}, {name}": quality(which, at)
+        for where, at in (("fitted shapes", times), ("other shapes", held_out))
+        for name, which in (("the table", table), ("fitted again", fitted))
+        if at
     }
+    faster = faster_kernels(table, {**times, **held_out})
     content = {
         "benchmark": "tune",
         "is_gpu_number": all(content["is_gpu_number"] for content in contents),
-        "measured": [content["environment"] for content in contents],
+        "measured": [content["environment"] for content in contents + checks],
         "rows": rows,
+        "choices": choices,
         "faster": faster,
-        "missing": missing,
-        "best_over_chosen": summary,
     }
-    _print(rows, faster, missing, summary)
+    _print(rows, choices, faster)
     _report.write_json(options.out, "tune", content)
-    return int(not relative)
+    return 0
 
 
-def relative_times(
-    table: Sequence[_table.Row], contents: Iterable[dict[str, Any]]
-) -> tuple[Relative, list[str]]:
-    """Times over that of the table's pick; and the shapes where that pick was not timed.
-
-    What the benchmark calls "ours" is the pick if the table then had the same kernel and options;
-    otherwise the pick counts as it was timed by name, which is with `_table.FORCED`.
-    """
-    found: Relative = {}
-    missing: dict[tuple[Gemm, str], str] = {}
-    measured = ((row, kind) for c in contents for row in c["shapes"] for kind in _table.KINDS)
-    for row, kind in measured:
-        prefix = f"kernel {kind}"
-        times = {
-            name.removeprefix("kernel "): ratio
-            for name, ratio in row["ratios"].items()
-            if name.startswith(prefix)
+def times_of(table: _table.Table, contents: Sequence[dict[str, Any]]) -> Times:
+    """The table's kernels' times; of a shape in several files the last one's."""
+    kernels = {row.kernel for row in table.rows}
+    found = {}
+    for row in (row for content in contents for row in content["shapes"]):
+        named = {
+            name.removeprefix("kernel "): time
+            for name, time in row["microseconds"].items()
+            if name.removeprefix("kernel ") in kernels
         }
-        if not times:
-            continue
-        shape = Gemm(row["m"], row["n"], row["k"])
-        pick = table[_table.select(table, shape, kind)]
-        found.pop((shape, kind), None)
-        missing.pop((shape, kind), None)
-        by_name = times.pop(pick.kernel, None)
-        if row.get("chosen", {}).get(kind) == {"kernel": pick.kernel, **pick.options}:
-            own = 1.0
-            if by_name is not None and pick.options != _table.FORCED:
-                times[f"{pick.kernel} {_options(_table.FORCED)}"] = by_name
-        elif by_name is not None:
-            own = by_name
-        else:
-            missing[shape, kind] = f"{shape}: {pick.kernel} was not timed"
-            continue
-        found[shape, kind] = Times(pick.kernel, {name: r / own for name, r in times.items()})
-    return found, list(missing.values())
-
-
-def evidence(
-    index: int, row: _table.Row, table: Sequence[_table.Row], relative: Relative
-) -> dict[str, Any]:
-    """What the times say of one row.
-
-    "gain" is the geometric mean of the row's time / the runner-up's over its shapes: above 1, the
-    runner-up is the better choice. "gain_overall" is what that makes over every shape of the same
-    accumulation, the others as they are. The runner-up was timed at all shapes of the row.
-    """
-    decided = {
-        shape: times.others
-        for (shape, kind), times in relative.items()
-        if kind == row.kind and _table.select(table, shape, kind) == index
-    }
-    found: dict[str, Any] = {
-        "row": index,
-        "accumulation": row.kind,
-        "limits": str(row),
-        "kernel": row.kernel,
-        "options": row.options,
-        "written": row.evidence,
-        "shapes": [str(shape) for shape in decided],
-    }
-    everywhere = set.intersection(*map(set, decided.values())) if decided else set()
-    others = {
-        kernel: geometric_mean(times[kernel] for times in decided.values())
-        for kernel in sorted(everywhere)
-    }
-    if others:
-        best = min(others, key=others.__getitem__)
-        ratios = [times[best] for times in decided.values()]
-        of_kind = sum(kind == row.kind for _, kind in relative)
-        found |= {
-            "runner_up": best,
-            "runner_up_over_row": [min(ratios), max(ratios)],
-            "gain": 1 / others[best],
-            "gain_overall": (1 / others[best]) ** (len(decided) / of_kind),
-        }
+        if named:
+            found[Gemm(row["m"], row["n"], row["k"])] = named
     return found
 
 
-def faster_kernels(relative: Relative) -> list[dict[str, Any]]:
+def fit(row: _table.Row, memory: _table.Memory, times: Times) -> dict[str, Any]:
+    """The constants that explain a kernel's times, and the deviation that is left."""
+    from scipy.optimize import least_squares  # type: ignore[import-untyped]
+
+    shapes = [shape for shape in times if row.kernel in times[shape]]
+    written = (row.k_tile, row.tile, row.launch)
+    found: dict[str, Any] = {"kernel": row.kernel, "shapes": len(shapes), "written": written}
+    if len(shapes) < LEAST_SHAPES:
+        return found | {"fitted": written, "deviation": None}
+    work = [_table.Work.of(row.kernel, memory, shape) for shape in shapes]
+    taken = np.array([times[shape][row.kernel] for shape in shapes])
+    weights = np.array([_best(times[shape], row.kind)[1] for shape in shapes]) / taken
+
+    def deviations(logarithms: np.ndarray) -> np.ndarray:
+        constants = np.exp(logarithms)
+        expected = np.array([one.time(*constants) for one in work])
+        return weights**WEIGHT_POWER * np.log(expected / taken)
+
+    result = least_squares(deviations, np.log(START), loss="soft_l1", f_scale=SOFT)
+    deviation = float(np.sqrt(np.mean(np.square(result.fun))))
+    constants = [round(float(constant), 3) for constant in np.exp(result.x)]
+    return found | {"fitted": constants, "deviation": deviation}
+
+
+def quality(table: _table.Table, times: Times) -> dict[str, dict[str, Any]]:
+    """The best kernel's time / the chosen one's, by accumulation."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for shape, kind, chosen, _, ratio in _compared(table, times):
+        if chosen is not None:
+            found.setdefault(kind, []).append((str(shape), ratio))
+    return {kind: mean_and_worst(ratios) for kind, ratios in found.items()}
+
+
+def faster_kernels(table: _table.Table, times: Times) -> list[dict[str, Any]]:
     """The shapes where another kernel is faster by more than `WORTH`, the largest gain first."""
-    found = []
-    for (shape, kind), times in relative.items():
-        faster, ratio = times.best()
-        if ratio * WORTH < 1:
-            entry = {"shape": str(shape), "accumulation": kind, "kernel": times.pick}
-            found.append(entry | {"faster": faster, "gain": 1 / ratio})
+    found = [
+        {
+            "shape": str(shape),
+            "accumulation": kind,
+            "kernel": chosen,
+            "faster": best,
+            "gain": 1 / ratio,
+        }
+        for shape, kind, chosen, best, ratio in _compared(table, times)
+        if chosen is not None and ratio * WORTH < 1
+    ]
     return sorted(found, key=lambda entry: -entry["gain"])
 
 
-def _options(options: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+def _compared(table: _table.Table, times: Times) -> list[tuple[Gemm, str, str | None, str, float]]:
+    """Shape, accumulation, chosen kernel (None if it was not timed), best, best / chosen."""
+    found: list[tuple[Gemm, str, str | None, str, float]] = []
+    for shape, named in times.items():
+        for kind in _table.KINDS:
+            if not any(name.startswith(kind) for name in named):
+                continue
+            chosen = table.chosen(shape, kind)
+            best, least = _best(named, kind)
+            timed = chosen in named
+            ratio = least / named[chosen] if timed else 1.0
+            found.append((shape, kind, chosen if timed else None, best, ratio))
+    return found
+
+
+def _best(named: Mapping[str, float], kind: str) -> tuple[str, float]:
+    name = min((name for name in named if name.startswith(kind)), key=named.__getitem__)
+    return name, named[name]
 
 
 def _print(
     rows: list[dict[str, Any]],
+    choices: dict[str, dict[str, dict[str, Any]]],
     faster: list[dict[str, Any]],
-    missing: list[str],
-    summary: dict[str, dict[str, Any]],
 ) -> None:
-    columns = ["row", "kernel", "shapes", "runner-up", "runner-up\n/ row"]
-    columns += ["gain if\nchanged", "overall", "the table says"]
-    lines = [_line(row) for row in rows]
-    _report.print_table("The table's rows, by these times", columns, lines)
+    columns = ["kernel", "shapes", "k_tile, tile, launch\nin the table", "fitted again", "off by"]
+    lines: list[list[_report.Cell]] = []
+    for row in rows:
+        off = "-" if row["deviation"] is None else f"{row['deviation']:.1%}"
+        constants = [", ".join(f"{c:.3f}" for c in row[key]) for key in ("written", "fitted")]
+        lines.append([row["kernel"], str(row["shapes"]), *constants, off])
+    _report.print_table("The table's rows, in microseconds", columns, lines)
+    columns = ["choice", "accumulation", "shapes", "best / chosen", "worst", "at"]
+    lines = [
+        [
+            name,
+            kind,
+            str(s["shapes"]),
+            f"{s['geometric_mean']:.4f}",
+            f"{s['worst']:.3f}",
+            s["worst_shape"],
+        ]
+        for name, kinds in choices.items()
+        for kind, s in kinds.items()
+    ]
+    _report.print_table("What the choice is worth", columns, lines)
     columns = ["shape", "accumulation", "the table's kernel", "faster", "by"]
     lines = [
         [*(f[key] for key in ("shape", "accumulation", "kernel", "faster")), f"{f['gain']:.3f}"]
         for f in faster
     ]
     _report.print_table(f"Another kernel is more than {WORTH - 1:.0%} faster", columns, lines)
-    for kind, s in summary.items():
-        print(
-            f"{kind}: best kernel's time / the table's: geometric mean {s['geometric_mean']:.3f} "
-            f"over {s['shapes']} shapes, worst {s['worst']:.3f} at {s['worst_shape']}"
-        )
-    for line in missing:
-        print(f"left out: {line}")
-    print(f"A kernel that is not the row's own was timed with {_options(_table.FORCED)}.")
-
-
-def _line(row: dict[str, Any]) -> list[_report.Cell]:
-    """Kernels without the accumulation in their names, which the row's own says."""
-    kind, kernel = row["accumulation"], row["kernel"]
-    if row["options"] != _table.FORCED:
-        kernel += f" {_options(row['options'])}"
-    line: list[_report.Cell] = [f"{kind} {row['limits']}", kernel.removeprefix(f"{kind}_")]
-    line.append(str(len(row["shapes"])))
-    if "runner_up" not in row:
-        return [*line, "-", "-", "-", "-", row["written"]]
-    low, high = row["runner_up_over_row"]
-    line.append(row["runner_up"].removeprefix(f"{kind}_"))
-    line.append(f"{low:.2f}-{high:.2f}" if len(row["shapes"]) > 1 else f"{low:.2f}")
-    style = "yellow" if row["gain"] > 1 else ""
-    line += [(f"{row['gain']:.3f}", style), (f"{row['gain_overall']:.4f}", style)]
-    return [*line, row["written"]]

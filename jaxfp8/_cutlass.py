@@ -36,9 +36,11 @@ COMPUTE_CAPABILITY = "9.0"
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
 FROM_TABLE = np.int32(-1)
 # TMA addresses rows that begin at multiples of 16 bytes. Others are stored by classes of rows, up
-# to 8 of them, whose numbers are rounded up to be alike (`cuda/src/direct_store.cuh`).
+# to 8 of them (`cuda/src/direct_store.cuh`).
 TMA_BYTES = 16
-ROW_CLASSES = 8
+# The most rows of x that a kernel of `cuda/src/kernels.h` takes at a time: what lies beyond M is
+# slower to leave out than to read (`with_readable_rows` in `cuda/src/gemm.cuh`).
+TILE_ROWS = 256
 # What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they take.
 CALLS = 3
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
@@ -222,10 +224,14 @@ def _result(m: Any, qvalue: jax.Array, out_features: int, out_dtype: Any) -> tup
 
 
 def scratch_rows(m: Any, out_features: int, out_dtype: Any) -> Any:
-    """The rows of the dense call's scratch: M, or whole classes of rows. M may be symbolic."""
-    if is_fp8(out_dtype) or out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0:
-        return m
-    return (m + ROW_CLASSES - 1) // ROW_CLASSES * ROW_CLASSES
+    """The rows of the dense call's scratch: whole tiles, whose rest is read and never used.
+
+    M may be symbolic.
+    """
+    tiles = (m + TILE_ROWS - 1) // TILE_ROWS
+    if not is_fp8(out_dtype) and out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES:
+        tiles += 1  # each of up to 8 classes of rows ends in a tile, the last behind all others
+    return tiles * TILE_ROWS
 
 
 def _call(target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any):

@@ -50,6 +50,9 @@ def scaled_matmul(
     On a CPU the accumulator is float32 either way. On a GPU XLA may see through the casts and take
     an FP8 product of cuBLASLt's, which it accumulates fast at DEFAULT precision alone.
     """
+    # Without the barrier XLA on a GPU takes the rounding to e4m3 out of a compiled chain of two
+    # layers, and multiplies what was to be rounded (jax 0.11.2 on an H200: 2.6 % off).
+    lhs = lax.optimization_barrier(lhs)
     precision = lax.Precision.HIGHEST if promoted else lax.Precision.DEFAULT
     y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), precision)
     y = lhs_scale * (rhs_scale * y)

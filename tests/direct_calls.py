@@ -125,7 +125,8 @@ def dense(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`jaxfp8_dense_v1`: the result, then its scratch: x quantized, and the scales of x.
 
-    Where rows are stored by classes (N unaligned), the scratch has more rows, in their order.
+    Where rows are stored by classes (N unaligned), the scratch has whole classes of them, in their
+    order. What lies behind, up to whole tiles, is cut off: it is never written.
     """
     m, n = x.shape[0], weight.out_features
     rows = _cutlass.scratch_rows(m, n, out_dtype)
@@ -135,18 +136,19 @@ def dense(
         jax.ShapeDtypeStruct((rows,), jnp.float32),
     ]
     call = jax.ffi.ffi_call(_cutlass.DENSE_TARGET, results)
-    return tuple(
-        call(
-            x,
-            weight.qvalue,
-            weight.scale,
-            optional(bias),
-            optional(x_scale),
-            optional(out_scale),
-            out_features=np.int64(n if out_features is None else out_features),
-            **attributes(kernel, activation, promoted),
-        )
+    out, qx, qx_scale = call(
+        x,
+        weight.qvalue,
+        weight.scale,
+        optional(bias),
+        optional(x_scale),
+        optional(out_scale),
+        out_features=np.int64(n if out_features is None else out_features),
+        **attributes(kernel, activation, promoted),
     )
+    by_classes = not is_fp8(out_dtype) and n * jnp.dtype(out_dtype).itemsize % 16
+    written = -(-m // 8) * 8 if by_classes else m
+    return out, qx[:written], qx_scale[:written]
 
 
 @functools.partial(jax.jit, static_argnames="k_pad")

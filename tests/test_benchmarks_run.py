@@ -114,7 +114,7 @@ def test_gemm_between_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
     content = read(tmp_path, "gemm-between")
     assert content["summary"] == {} and len(content["shapes"]) == len(shapes.CPU_GEMM_WEIGHTS)
     for row in content["shapes"]:
-        assert row["chosen"]["promoted"]["kernel"].startswith("promoted_") and row["between"] == {}
+        assert row["chosen"]["promoted"].startswith("promoted_") and row["between"] == {}
 
 
 def test_stack_end_to_end(tmp_path, capsys, on_cpu):

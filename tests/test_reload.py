@@ -13,6 +13,7 @@ from update_cases import (
     assert_same_bits,
     devices,
     host_bits,
+    owned,
     served_tree,
     trainer_tree,
     weight,
@@ -167,7 +168,7 @@ def test_weak_types_stay():
 
 def test_committed_and_uncommitted_leaves_in_one_kernel():
     kernel = PaddedKernel.from_dense(weight(18, 20))
-    kernel = PaddedKernel(jax.device_put(kernel.qvalue, devices()[2]), kernel.scale, 18, 20)
+    kernel = PaddedKernel(owned(jax.device_put(kernel.qvalue, devices()[2])), kernel.scale, 18, 20)
     what, where = identity_of(kernel), addresses(kernel)
     for make in (np.asarray, jnp.asarray, lambda w: jax.device_put(w, devices()[1])):
         kernel = reload_params(kernel, make(weight(18, 20, seed=3)))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from update_cases import addresses, devices, host_bits, mesh_devices, weight
+from update_cases import addresses, devices, host_bits, mesh_devices, owned, weight
 
 from jaxfp8.padded import DenseWeight, FP8Weight, PaddedKernel
 from jaxfp8.quantize import quantize
@@ -30,8 +30,6 @@ def logical(seed: int, k: int = K, n: int = N) -> dict:
 
 
 def sharded(on: Mesh, specs, k: int = K, n: int = N, *, per_channel: bool = True) -> dict:
-    # Made where the mesh is: a CPU array that came from a GPU may be a view of the host's memory,
-    # whose donation is a copy.
     with jax.default_device(on.devices.flat[0]):
         kernel = PaddedKernel.from_dense(weight(k, n), per_channel=per_channel)
         tree = {"kernel": kernel, "norm": jnp.zeros(8)}
@@ -40,7 +38,9 @@ def sharded(on: Mesh, specs, k: int = K, n: int = N, *, per_channel: bool = True
         "kernel": PaddedKernel(qspec, sspec if per_channel else PartitionSpec(), k, n),
         "norm": PartitionSpec("x"),
     }
-    return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(on, spec)), tree, specs)
+    return owned(
+        jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(on, spec)), tree, specs)
+    )
 
 
 def put(tree: dict, on: Mesh, *spec) -> dict:

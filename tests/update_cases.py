@@ -21,6 +21,15 @@ def mesh_devices(count: int) -> list[jax.Device]:
     return (own if len(own) >= count else jax.devices("cpu"))[:count]
 
 
+def owned(tree: Any) -> Any:
+    """The same arrays, placed as they were, in buffers that XLA allocated.
+
+    What `device_put` leaves on a CPU may be a view of host memory, whose donation is a copy (seen
+    beside a GPU).
+    """
+    return jax.tree.map(lambda leaf: jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf), tree)
+
+
 def weight(*shape: int, seed: int = 0) -> np.ndarray:
     """Float32 normals; no two seeds, and no matrix and its transpose, agree."""
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)

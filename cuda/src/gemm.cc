@@ -5,10 +5,7 @@
 
 namespace jaxfp8 {
 
-#define JAXFP8_DECLARE(name, ...) \
-  GemmFunctions name##_16bits();  \
-  GemmFunctions name##_f32();     \
-  GemmFunctions name##_e4m3();
+#define JAXFP8_DECLARE(name, ...) GemmFunctions name##_functions(Stored what);
 JAXFP8_KERNELS(JAXFP8_DECLARE)
 #undef JAXFP8_DECLARE
 
@@ -17,13 +14,13 @@ namespace {
 constexpr int kStoredCount = static_cast<int>(Stored::kCount);
 
 GemmFunctions functions(Kernel kernel, Stored what) {
-  using Make = GemmFunctions (*)();
-  static constexpr Make kInstances[kKernelCount][kStoredCount] = {
-#define JAXFP8_COLLECT(name, ...) {name##_16bits, name##_f32, name##_e4m3},
+  using Functions = GemmFunctions (*)(Stored);
+  static constexpr Functions kInstances[kKernelCount] = {
+#define JAXFP8_COLLECT(name, ...) name##_functions,
       JAXFP8_KERNELS(JAXFP8_COLLECT)
 #undef JAXFP8_COLLECT
   };
-  return kInstances[static_cast<int>(kernel)][static_cast<int>(what)]();
+  return kInstances[static_cast<int>(kernel)](what);
 }
 
 }  // namespace

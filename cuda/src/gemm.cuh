@@ -19,25 +19,18 @@
 #include "epilogue.cuh"
 #include "gemm.h"
 #include "kernel.cuh"
+#include "promoted_mainloop.cuh"
 
 namespace jaxfp8 {
 
-template <Schedule kSchedule, Accumulation kAccumulation>
+template <Schedule kSchedule>
 struct Schedules {
-  static constexpr bool kFast = kAccumulation == Accumulation::kFast;
-  template <class Fast, class Promoted>
-  using Pick = cute::conditional_t<kFast, Fast, Promoted>;
-
-  // The FP8 collectives promote unless their schedule says FastAccum.
+  // "FastAccum" for both accumulations: the loop that promotes is ours.
   using Mainloop = cute::conditional_t<
-      kSchedule == Schedule::kPingpong,
-      Pick<cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
-           cutlass::gemm::KernelTmaWarpSpecializedPingpong>,
+      kSchedule == Schedule::kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
       cute::conditional_t<kSchedule == Schedule::kCooperative,
-                          Pick<cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
-                               cutlass::gemm::KernelTmaWarpSpecializedCooperative>,
-                          Pick<cutlass::gemm::KernelTmaWarpSpecializedFP8FastAccum,
-                               cutlass::gemm::KernelTmaWarpSpecialized>>>;
+                          cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
+                          cutlass::gemm::KernelTmaWarpSpecializedFP8FastAccum>>;
   using Epilogue = cute::conditional_t<kSchedule == Schedule::kCooperative,
                                        cutlass::epilogue::TmaWarpSpecializedCooperative,
                                        cutlass::epilogue::TmaWarpSpecialized>;
@@ -48,20 +41,17 @@ struct Gemm {
   static constexpr KernelSpec kSpec = spec_of(kKernel);
   static constexpr bool kSwapped = kSpec.operands == Operands::kSwapped;
   static constexpr bool kPingpong = kSpec.schedule == Schedule::kPingpong;
-  // Of a thread; promotion holds the partial sums beside the sums.
-  static constexpr int kAccumulators =
-      kSpec.tile_m * kSpec.tile_n / (kSpec.schedule == Schedule::kCooperative ? 256 : 128) *
-      (kSpec.accumulation == Accumulation::kPromoted ? 2 : 1);
-
-  // NOTES: CUTLASS promotes when its count of MMAs, which grows by a whole tile, *equals* 4. With a
-  // K tile of 256 it never does, and the kernel is silently the fast one (seen: same bits).
-  static_assert(kSpec.accumulation == Accumulation::kFast || kSpec.tile_k == 128,
-                "promotion wants a K tile of 4 MMAs of 32");
+  static constexpr bool kCooperative = kSpec.schedule == Schedule::kCooperative;
+  static constexpr bool kPromoted = kSpec.accumulation == Accumulation::kPromoted;
+  // Of a thread; promotion holds the sums of 64 rows beside those of the tile.
+  static constexpr int kAccumulators = kSpec.tile_m * kSpec.tile_n / (kCooperative ? 256 : 128) +
+                                       (kPromoted ? kSpec.tile_n / 2 : 0);
+  static_assert(!kPromoted || kSpec.tile_k == 128, "promoted every 4 MMAs of 32: every K tile");
 
   using Tile = cute::Shape<cute::Int<kSpec.tile_m>, cute::Int<kSpec.tile_n>,
                            cute::Int<kSpec.tile_k>>;
   using Cluster = cute::Shape<cute::Int<kSpec.cluster_m>, cute::Int<kSpec.cluster_n>, cute::_1>;
-  using Picked = Schedules<kSpec.schedule, kSpec.accumulation>;
+  using Picked = Schedules<kSpec.schedule>;
   using Fp8 = cutlass::float_e4m3_t;
   using Fused = Epilogue<Tile, Element, kSpec.operands, kPingpong ? 2 : 1>;
 
@@ -76,7 +66,7 @@ struct Gemm {
   // 64x128 at 256x4096x4096 9.98 to 9.92 (H200, 2026-11-22).
   using EpilogueTile = cute::conditional_t<
       sizeof(Element) != 2, cutlass::epilogue::collective::EpilogueTileAuto,
-      cute::Shape<cute::Int<kSpec.schedule == Schedule::kCooperative ? 128 : 64>,
+      cute::Shape<cute::Int<kCooperative ? 128 : 64>,
                   cute::Int<std::gcd(kSpec.tile_n, 128)>>>;
 
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -84,12 +74,14 @@ struct Gemm {
       float, void, LayoutOut, kAlignOut, Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
       typename Fused::Callbacks>::CollectiveOp;
 
-  using CollectiveMainloop = ClassMainloop<typename cutlass::gemm::collective::CollectiveBuilder<
+  using BuiltMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Fp8, cutlass::layout::RowMajor,
       kAlignFp8, Fp8, cutlass::layout::ColumnMajor, kAlignFp8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
-      typename Picked::Mainloop>::CollectiveOp>;
+      typename Picked::Mainloop>::CollectiveOp;
+  using CollectiveMainloop = ClassMainloop<cute::conditional_t<
+      kPromoted, PromotedMainloop<BuiltMainloop, kCooperative>, BuiltMainloop>>;
 
   using Launched =
       GemmKernel<kSpec.schedule, CollectiveMainloop, CollectiveEpilogue, typename Fused::Root, Tile,
@@ -117,6 +109,22 @@ struct Gemm {
     }
     args.dC = args.dD;
     return CollectiveEpilogue::to_underlying_arguments(shape, args, nullptr).tma_store_d;
+  }
+
+  // `shape`, with the rows of x rounded up to whole tiles if the memory behind them may be read.
+  //
+  // NOTES: rows that TMA fills with zeros, as it does outside of a matrix, cost more than rows that
+  // it reads, the more blocks do it at once: N=4096, K=14336, swapped 64x128 at M=200 42.7 us and
+  // 26.1, 64x64 1x2 at M=33 30.9 and 17.8 (H200, 2026-11-22, in turn).
+  template <class Shape>
+  static Shape with_readable_rows(GemmProblem const& p, int rows, Shape shape) {
+    constexpr int kRows =
+        kSwapped ? kSpec.tile_n * kSpec.cluster_n : kSpec.tile_m * kSpec.cluster_m;
+    int const whole = (rows + kRows - 1) / kRows * kRows;
+    if ((p.classes.count - 1) * rows + whole <= p.lhs_rows) {
+      cute::get<kSwapped ? 1 : 0>(shape) = whole;
+    }
+    return shape;
   }
 
   static DirectStoreArguments<Element> direct_store(GemmProblem const& p) {
@@ -166,16 +174,16 @@ struct Gemm {
     }
     stores.dC = stores.dD;
 
+    auto const readable = with_readable_rows(p, rows, shape);
     auto const clusters = [](int size, int tile, int cluster) {
       return (size + tile * cluster - 1) / (tile * cluster);
     };
     typename Launched::Params params{
-        CollectiveMainloop::to_underlying_arguments(shape, loads, nullptr),
+        CollectiveMainloop::to_underlying_arguments(readable, loads, nullptr),
         CollectiveEpilogue::to_underlying_arguments(shape, stores, nullptr),
         shape,
         TileOrder(clusters(cute::get<0>(shape), kSpec.tile_m, kSpec.cluster_m),
-                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count,
-                  p.swizzle),
+                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count),
         {}};
     params.prefetch = Prefetch(p, Launched::blocks(params, p.sm_count));
     if (direct.out != nullptr) {

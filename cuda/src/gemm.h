@@ -31,6 +31,7 @@ struct GemmProblem {
   int m, n, k;         // k is padded; n is what is written, at most the rows of rhs
   int64_t out_pitch;   // elements from one row of out to the next; any, not only 16 bytes' multiple
   void const* lhs;     // e4m3 [m, k]
+  int lhs_rows;        // rows that lhs has in memory, m or more: those behind m are read, not used
   void const* rhs;     // e4m3 [>= n, k]
   float const* lhs_scale;
   bool per_token;      // lhs_scale is [m], else one value
@@ -43,7 +44,6 @@ struct GemmProblem {
   Out out_type;
   float const* out_scale;  // one value, read if out is e4m3
   Activation activation;
-  int swizzle;
   int sm_count;
   bool dependent;      // start while the kernel before on the stream still runs, and wait inside
   cudaStream_t stream;

@@ -5,6 +5,7 @@
 // device ordinal are used throughout, so the calls can be captured into a command buffer.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "ffi_checks.h"
@@ -40,18 +41,18 @@ ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs
                   ", ", product.shapes());
   }
   if (m == 0) return ffi::Error::Success();
-  p.lhs = lhs.untyped_data();
+  p.lhs = lhs.untyped_data(), p.lhs_rows = p.m;
   p.lhs_scale = lhs_scale.typed_data<float>();
   p.per_token = lhs_scale.dimensions().size() != 0;
   // After any kernel: what this one reads before it waits, it only brings into L2 (prefetch.cuh).
   p.dependent = true;
   p.stream = stream;
 
-  Choice const choice = choose(p.m, p.n, p.k, promoted != 0, kernel);
-  if (auto error = check_gemm(p, choice, kernel); error.failure()) return error;
+  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel);
+  if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
   OnDevice const guard(device);
-  if constexpr (kStage == Stage::kInitialize) return prepare_gemm(p, choice);
-  return launch_gemm(p, choice, device);
+  if constexpr (kStage == Stage::kInitialize) return prepare_gemm(p, chosen);
+  return launch_gemm(p, chosen, device);
 }
 
 // Fills `q`; false if the shapes do not fit.
@@ -116,25 +117,26 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   }
   if (q.m == 0) return ffi::Error::Success();
   p.lhs = q.q;
+  p.lhs_rows = static_cast<int>(std::min(qx->dimensions()[0], kMaxSize));
   p.lhs_scale = q.scale;
   p.per_token = true;
   p.stream = stream;
 
-  Choice const choice = choose(p.m, p.n, p.k, promoted != 0, kernel);
-  if (auto error = check_gemm(p, choice, kernel); error.failure()) return error;
-  RowClasses const classes = row_classes(choice.kernel, out_type, p.m, p.out_pitch);
+  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel);
+  if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
+  RowClasses const classes = row_classes(chosen, out_type, p.m, p.out_pitch);
   // All classes are read as if they had as many rows as the largest: the scratch must have them.
   if (classes.count * classes.rows(p.m) <= qx->dimensions()[0]) p.classes = q.classes = classes;
   OnDevice const guard(device);
   if constexpr (kStage == Stage::kInitialize) {
     if (char const* why = quantize_prepare()) {
-      return failed("preparing the quantize kernel", p, choice, why);
+      return failed("preparing the quantize kernel", p, chosen, why);
     }
-    return prepare_gemm(p, choice);
+    return prepare_gemm(p, chosen);
   }
   q.lets_next_start = p.dependent = starts_early(p.m, p.n, p.k);
-  if (char const* why = quantize_launch(q)) return failed("the quantize kernel", p, choice, why);
-  return launch_gemm(p, choice, device);
+  if (char const* why = quantize_launch(q)) return failed("the quantize kernel", p, chosen, why);
+  return launch_gemm(p, chosen, device);
 }
 
 template <class Binding>

@@ -11,33 +11,33 @@
 namespace jaxfp8 {
 
 // Returns null, or why it failed. `kernel` -1 is the table's choice; `bias` may be null;
-// `dependent` asks for dependent launch, as a product of quantized inputs does.
+// of lhs, `lhs_rows` lie in memory, m or more; `dependent` asks for dependent launch, as a product of quantized inputs does.
 JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_type, int m, int n,
-                                             int k, void const* lhs, void const* rhs,
+                                             int k, void const* lhs, int lhs_rows,
+                                             void const* rhs,
                                              float const* lhs_scale, int per_token,
                                              float const* rhs_scale, int per_channel,
                                              float const* bias, void* out, int64_t out_pitch,
                                              int activation, int dependent,
                                              void* stream) {
   if (static_cast<Out>(out_type) == Out::kE4M3) return "there is no out_scale for an e4m3 result";
-  Choice const choice = choose(m, n, k, promoted != 0, kernel);
+  Kernel const picked = choose(m, n, k, promoted != 0, kernel);
   GemmProblem p{};
   p.m = m, p.n = n, p.k = k, p.out_pitch = out_pitch;
-  p.lhs = lhs, p.rhs = rhs, p.out = out;
+  p.lhs = lhs, p.lhs_rows = lhs_rows, p.rhs = rhs, p.out = out;
   p.lhs_scale = lhs_scale, p.per_token = per_token != 0;
   p.rhs_scale = rhs_scale, p.per_channel = per_channel != 0;
   p.bias = bias;
   p.bias_features = n;
   p.activation = static_cast<Activation>(activation);
-  p.swizzle = choice.swizzle;
   p.dependent = dependent != 0;
   p.stream = static_cast<cudaStream_t>(stream);
   int device = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
   p.out_type = static_cast<Out>(out_type);
-  if (char const* why = gemm_prepare(choice.kernel, p.out_type)) return why;
-  return gemm_launch(choice.kernel, p);
+  if (char const* why = gemm_prepare(picked, p.out_type)) return why;
+  return gemm_launch(picked, p);
 }
 
 // Returns null, or why it failed. `x_scale` null: a scale for each row.

@@ -33,11 +33,11 @@ class OnDevice {
   int previous_ = 0, device_ = 0;
 };
 
-inline ffi::Error check_gemm(GemmProblem const& p, Choice choice, int forced) {
+inline ffi::Error check_gemm(GemmProblem const& p, Kernel chosen, int forced) {
   auto const describe = [&] {
     return "M=" + std::to_string(p.m) + " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) +
            " pitch=" + std::to_string(p.out_pitch) + " kernel=" +
-           (forced < kKernelCount ? spec_of(choice.kernel).name : "?");
+           (forced < kKernelCount ? spec_of(chosen).name : "?");
   };
   if (forced >= kKernelCount) return refuse("there is no kernel ", forced, "; ", describe());
   if (static_cast<int>(p.activation) < 0 || p.activation >= Activation::kCount) {
@@ -52,39 +52,38 @@ inline ffi::Error check_gemm(GemmProblem const& p, Choice choice, int forced) {
   return ffi::Error::Success();
 }
 
-inline ffi::Error failed(char const* what, GemmProblem const& p, Choice choice, char const* why) {
+inline ffi::Error failed(char const* what, GemmProblem const& p, Kernel chosen, char const* why) {
   return refuse(what, " failed: ", why, "; M=", p.m, " N=", p.n, " K=", p.k,
-                " kernel=", spec_of(choice.kernel).name);
+                " kernel=", spec_of(chosen).name);
 }
 
 // With JAXFP8_PRINT_KERNEL set, each shape's kernel, once.
-inline void print_choice(GemmProblem const& p, Choice choice) {
+inline void print_choice(GemmProblem const& p, Kernel chosen) {
   static bool const wanted = std::getenv("JAXFP8_PRINT_KERNEL") != nullptr;
   if (!wanted) return;
   static std::mutex mutex;
   static std::set<std::tuple<int, int, int, int>> printed;
   std::lock_guard<std::mutex> const lock(mutex);
-  if (printed.insert({p.m, p.n, p.k, static_cast<int>(choice.kernel)}).second) {
-    std::fprintf(stderr, "jaxfp8: M=%d N=%d K=%d -> %s, swizzle %d\n", p.m, p.n, p.k,
-                 spec_of(choice.kernel).name, choice.swizzle);
+  if (printed.insert({p.m, p.n, p.k, static_cast<int>(chosen)}).second) {
+    std::fprintf(stderr, "jaxfp8: M=%d N=%d K=%d -> %s\n", p.m, p.n, p.k,
+                 spec_of(chosen).name);
   }
 }
 
 // Before every execution and outside of capture: XLA's Initialize stage.
-inline ffi::Error prepare_gemm(GemmProblem const& p, Choice choice) {
-  if (char const* why = gemm_prepare(choice.kernel, p.out_type)) {
-    return failed("preparing the kernel", p, choice, why);
+inline ffi::Error prepare_gemm(GemmProblem const& p, Kernel chosen) {
+  if (char const* why = gemm_prepare(chosen, p.out_type)) {
+    return failed("preparing the kernel", p, chosen, why);
   }
-  print_choice(p, choice);
+  print_choice(p, chosen);
   return ffi::Error::Success();
 }
 
-inline ffi::Error launch_gemm(GemmProblem& p, Choice choice, int device) {
-  p.swizzle = choice.swizzle;
+inline ffi::Error launch_gemm(GemmProblem& p, Kernel chosen, int device) {
   cudaError_t const status =
       cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return failed("the device", p, choice, cudaGetErrorString(status));
-  if (char const* why = gemm_launch(choice.kernel, p)) return failed("the launch", p, choice, why);
+  if (status != cudaSuccess) return failed("the device", p, chosen, cudaGetErrorString(status));
+  if (char const* why = gemm_launch(chosen, p)) return failed("the launch", p, chosen, why);
   return ffi::Error::Success();
 }
 
