@@ -26,9 +26,14 @@ _NAME = re.compile(r"(fast|promoted)(_swap)?_(ws|pp|coop)_(\d+)x(\d+)x(\d+)_(\d+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the memory and the L2 cache give, in bytes a microsecond, and when the first arrives."""
+    """What the memory and the L2 cache give, in bytes a microsecond, and when the first arrives.
+
+    Attributes:
+        few_rows: from this M on, tiles of 16 rows are not for it.
+    """
 
     multiprocessors: int
+    few_rows: int
     rate: float
     cache_rate: float
     start: float
@@ -63,8 +68,12 @@ class Table:
 
     def chosen(self, shape: Gemm, kind: str) -> str:
         """The kernel that is expected to take least."""
-        rows = [row for row in self.rows if row.kind == kind]
+        rows = [row for row in self.rows if row.kind == kind and self._is_for(row, shape.m)]
         return min(rows, key=lambda row: expected_time(row, self.memory, shape)).kernel
+
+    def _is_for(self, row: Row, m: int) -> bool:
+        rows = tile_rows(row.kernel)
+        return rows is None or rows > 16 or m < self.memory.few_rows
 
     def with_rows(self, rows: Sequence[Row]) -> Table:
         return dataclasses.replace(self, rows=rows)
@@ -129,9 +138,9 @@ def read(path: Path = TABLE) -> Table:
     for kind in KINDS:
         if all(row.kind != kind for row in rows):
             raise ValueError(f"{path} has no row of a {kind} kernel.")
-    names = ("kMultiprocessors", "kMemoryRate", "kCacheRate", "kMemoryStart")
+    names = ("kMultiprocessors", "kFewRows", "kMemoryRate", "kCacheRate", "kMemoryStart")
     values = [_constant(text, name, path) for name in names]
-    return Table(rows, Memory(int(values[0]), *values[1:]))
+    return Table(rows, Memory(int(values[0]), int(values[1]), *values[2:]))
 
 
 def tile_rows(kernel: str) -> int | None:

@@ -31,6 +31,7 @@ inline constexpr Row kTable[] = {{
     {{Kernel::{PROMOTED},     0.5, 2, 0}},
 }};
 inline constexpr int kMultiprocessors = 132;
+inline constexpr int kFewRows = 64;
 inline constexpr double kMemoryRate = 4e6, kCacheRate = 100e6, kMemoryStart = 2.0;
 """
 
@@ -49,7 +50,7 @@ def test_rows_and_constants_are_read(table):
         _table.Row(MIDDLE, 0.5, 1.0, 2.0),
         _table.Row(PROMOTED, 0.5, 2.0, 0.0),
     ]
-    assert read.memory == _table.Memory(132, 4e6, 100e6, 2.0)
+    assert read.memory == _table.Memory(132, 64, 4e6, 100e6, 2.0)
     assert [row.kind for row in read.rows] == ["fast", "fast", "promoted"]
 
 
@@ -73,6 +74,8 @@ def test_the_row_that_takes_least_is_chosen(table):
     read = _table.read(table)
     assert read.chosen(Gemm(16, 4096, 4096), "fast") == SMALL
     assert read.chosen(Gemm(512, 4096, 4096), "fast") == MIDDLE
+    # From 64 rows on not the small one, whatever it is expected to take.
+    assert [read.chosen(Gemm(m, 1280, 128), "fast") for m in (63, 64)] == [SMALL, MIDDLE]
     assert read.chosen(Gemm(16, 4096, 4096), "promoted") == PROMOTED
 
 
@@ -189,7 +192,7 @@ def files(tmp_path, table):
     """Times that follow other constants than the table's, exactly; two shapes in both files."""
     memory = _table.read(table).memory
     contents = []
-    sizes = itertools.product((16, 64, 512), ((1024, 4096), (8192, 8192), (4096, 512)))
+    sizes = itertools.product((16, 63, 512), ((1024, 4096), (8192, 8192), (4096, 512)))
     every = [Gemm(m, n, k) for m, (n, k) in sizes]
     for index, some in enumerate((every, every[:2])):
         rows = []

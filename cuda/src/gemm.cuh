@@ -183,7 +183,8 @@ struct Gemm {
         CollectiveEpilogue::to_underlying_arguments(shape, stores, nullptr),
         shape,
         TileOrder(clusters(cute::get<0>(shape), kSpec.tile_m, kSpec.cluster_m),
-                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count),
+                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count,
+                  kSpec.cluster_m, kSpec.cluster_n),
         {}};
     params.prefetch = Prefetch(p, Launched::blocks(params, p.sm_count));
     if (direct.out != nullptr) {
