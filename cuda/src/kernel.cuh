@@ -160,9 +160,10 @@ struct GemmKernel {
       state.advance(k_tiles);
     }
     cutlass::arch::wait_on_dependent_grids();  // for the scales of x
-    // NOTES: at once, not behind the last tile: the blocks of the next kernel come as soon as those of
-    // this one go, up to 31 % at small M, and 7 % lost at 512x1280x3424. Geometric mean of cuBLASLt's time / ours over 60 shapes
-    // 1.110, and 1.074 with the trigger behind the last MMAs (H200, 2026-11-22, in turn).
+    // NOTES: at once, not behind the last tile: the blocks of the next kernel come as soon as those
+    // of this one go. Up to 31 % at small M, and 7 % lost at 512x1280x3424; the geometric mean of
+    // cuBLASLt's time / ours over 60 shapes was 1.110, and 1.074 with the trigger behind the last
+    // MMAs (H200, 2026-11-22, in turn).
     cutlass::arch::launch_dependent_grids();
     int const step = kTeams * resident_clusters();
     for (int i = first_cluster() + team * resident_clusters(); i < params.order.clusters;

@@ -24,8 +24,8 @@ struct KernelSpec {
   Accumulation accumulation;
 };
 
-// NOTES: promoted kernels hold the sums of 64 rows beside those of the tile: 256x128 has 192 of them
-// in each thread of two warpgroups, and 128x160 to 128x192 no more (no spills, nvcc 13.0).
+// NOTES: promoted kernels hold the sums of 64 rows beside those of the tile: 256x128 has 192 of
+// them in each thread of two warpgroups, and 128x160 to 128x192 no more (no spills, nvcc 13.0).
 #define JAXFP8_KERNELS(X)                                                                  \
   X(fast_swap_ws_64x16x256_1x1, 64, 16, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)      \
   X(fast_swap_pp_64x16x256_2x1, 64, 16, 256, 2, 1, kPingpong, kSwapped, kFast)             \

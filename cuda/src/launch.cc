@@ -11,7 +11,8 @@
 namespace jaxfp8 {
 
 // Returns null, or why it failed. `kernel` -1 is the table's choice; `bias` may be null;
-// of lhs, `lhs_rows` lie in memory, m or more; `dependent` asks for dependent launch, as a product of quantized inputs does.
+// of lhs, `lhs_rows` lie in memory, m or more; `dependent` asks for dependent launch, as a product
+// of quantized inputs does.
 JAXFP8_EXPORT char const* jaxfp8_launch_gemm(int kernel, int promoted, int out_type, int m, int n,
                                              int k, void const* lhs, int lhs_rows,
                                              void const* rhs,

@@ -9,13 +9,13 @@ namespace jaxfp8 {
 
 // Base's loads and a loop of our own. With kTurns two warpgroups share each tile.
 //
-// NOTES: the tensor core must have work while a warpgroup adds. CUTLASS's loop leaves that to chance:
-// two warpgroups that wait for the same K tile start together, share the tensor core, end together
-// and then both add. Here one's MMAs are issued behind the other's, and it adds while those run.
-// The sums of 64 rows at a time are enough for that, so that 256x128 tiles do not spill. Both
-// together: 0.83 to 0.90 of cuBLASLt without use_fast_accum, M >= 512 (H200, 2026-11-22).
-// Tried: the turn given before an MMA is issued or behind all (0.2 % and 0.5 % slower); two sets of
-// sums for each warpgroup (ptxas serializes the MMAs, C7514).
+// NOTES: the tensor core must have work while a warpgroup adds. CUTLASS's loop leaves that to
+// chance: two warpgroups that wait for the same K tile start together, share the tensor core, end
+// together and then both add. Here one's MMAs are issued behind the other's, and it adds while
+// those run. The sums of 64 rows at a time are enough for that, so that 256x128 tiles do not spill.
+// Both together: 0.83 to 0.90 of cuBLASLt without use_fast_accum, M >= 512 (H200, 2026-11-22).
+// Tried: the turn given one MMA earlier (the same) or behind all (0.5 % slower, in another run);
+// two sets of sums for each warpgroup (ptxas serializes the MMAs, C7514).
 template <class Base, bool kTurns>
 struct PromotedMainloop : Base {
   template <class Accumulators>

@@ -7,25 +7,26 @@
 
 namespace jaxfp8 {
 
-// Microseconds. A tile takes `k_tile` for each of its steps along K and `tile` besides: what is left
-// of its epilogue where nothing hides it. `launch` comes once.
+// Microseconds. A tile takes `k_tile` for each of its steps along K and `tile` besides: what is
+// left of its epilogue where nothing hides it. `launch` comes once.
 struct Row {
   Kernel kernel;
   double k_tile, tile, launch;
 };
 
 // Evidence: as `python -m benchmarks tune` fits them to benchmarks/results/kernel-times.json: one
-// H200, 2026-11-22, dependent launch, weights rotated past the L2, 140 shapes, the grid of `gemm` and
-// eight further weights. At 192 shapes that they were not fitted to (kernel-times-check.json) the best
-// kernel's time / the chosen one's is 0.991 in geometric mean and 0.830 at worst (300x3424x1280),
-// promoted 0.999 and 0.955. Rows by M and N, which were here before: 0.944 and 0.566, promoted 0.918
-// and 0.716, at half of those shapes.
+// H200, 2026-11-22, dependent launch, weights rotated past the L2, 140 shapes, the grid of `gemm`
+// and eight further weights. At 192 shapes that they were not fitted to (kernel-times-check.json)
+// the best kernel's time / the chosen one's is 0.991 in geometric mean and 0.830 at worst
+// (300x3424x1280), promoted 0.999 and 0.955. Rows by M and N, which were here before: 0.944 and
+// 0.566, promoted 0.918 and 0.716, at half of those shapes.
 //
-// Two were moved by 0.5 % since, so that where Pingpong 128x128 1x1 and 1x2 are expected to take the
-// same and the product is large, 1x2 runs, which reads less and so leaves the tensor cores more power.
+// Two were moved by 0.5 % since, so that where Pingpong 128x128 1x1 and 1x2 are expected to take
+// the same and the product is large, 1x2 runs, which reads less and so leaves the tensor cores more
+// power.
 //
-// Compiled, timed at all 332 shapes and left out, as the best choice without them is 0.1 % slower in
-// geometric mean: Cooperative 128x256, 256x128 and 128x160, Pingpong 64x128 2x1.
+// Compiled, timed at all 332 shapes and left out, as the best choice without them is 0.1 % slower
+// in geometric mean: Cooperative 128x256, 256x128 and 128x160, Pingpong 64x128 2x1.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                  k_tile   tile    launch
@@ -74,8 +75,8 @@ constexpr double expected_time6(Row const& row, int m, int n, int k) {
   return power6(compute) + power6(memory);
 }
 
-// Tiles of 16 rows, each of which reads the weight, are for few rows. Without this rule 64x1280x3424
-// goes to them, expected to take 4.2 us; it takes 5.0 and with tiles of 32 rows 4.7.
+// Tiles of 16 rows, each of which reads the weight, are for few rows. Without this rule
+// 64x1280x3424 goes to them, expected to take 4.2 us; it takes 4.8 and with tiles of 32 rows 4.7.
 constexpr bool is_for(KernelSpec const& spec, int m) {
   return spec.operands == Operands::kNormal || spec.tile_n > 16 || m < kFewRows;
 }
@@ -98,10 +99,11 @@ static_assert(spec_of(choose(1, 1, 16, false)).accumulation == Accumulation::kFa
 static_assert(spec_of(choose(1, 1, 16, true)).accumulation == Accumulation::kPromoted);
 
 // Whether the GEMM of a dense call starts while the quantize kernel before it still runs
-// (programmatic dependent launch, with an early trigger). H200, 2026-11-22, an MLP block without and
-// with, us: 4096-14336 at M = 16 40.1 and 37.6, at 128 47.9 and 46.3, at 256 66.1 and 67.5, at 1024
-// 191 and 198, at 4096 765 and 844; 1280-3424 at M = 256 19.2 and 18.1, at 4096 96.6 and 93.8.
-// A GEMM after a GEMM, without a trigger so early, gains at every size: 1-7 % up to M = 1024.
+// (programmatic dependent launch, with an early trigger). H200, 2026-11-22, an MLP block without
+// and with, us: 4096-14336 at M = 16 40.1 and 37.6, at 128 47.9 and 46.3, at 256 66.1 and 67.5, at
+// 1024 191 and 198, at 4096 765 and 844; 1280-3424 at M = 256 19.2 and 18.1, at 4096 96.6 and 93.8.
+// These are of kernels before the present ones. A GEMM after a GEMM gains at every size
+// (kernel.cuh).
 inline bool starts_early(int m, int n, int k) {
   constexpr int64_t kSmallWeight = 8 << 20;
   return m <= 128 || int64_t{n} * k <= kSmallWeight;

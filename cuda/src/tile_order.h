@@ -9,11 +9,12 @@ namespace jaxfp8 {
 
 // Clusters of tiles, along the shorter side of the product first, so that those at work at one time
 // share what is read of the longer (L2). Where a row of them is long, several rows are walked
-// together, so that they share what is read of the shorter as well. One batch follows the other. The
-// resident clusters take them in turn.
+// together, so that they share what is read of the shorter as well. One batch follows the other.
+// The resident clusters take them in turn.
 //
-// NOTES: together from 40 tiles in a row on: there it took 0.987 of the time in geometric mean (0.91 to
-// 1.05), on shorter rows 1.006 (0.93 to 1.08). H200, 2026-11-22, Pingpong kernels, M of 3000 to 8192.
+// NOTES: together from 40 tiles in a row on: there it took 0.987 of the time in geometric mean
+// (0.91 to 1.05), on shorter rows 1.006 (0.93 to 1.08). H200, 2026-11-22, Pingpong kernels, M of
+// 3000 to 8192.
 struct TileOrder {
   struct Tile {
     int m, n, batch;
