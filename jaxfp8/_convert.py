@@ -43,7 +43,12 @@ def _valid_scale(scale: Float32[Array, "*s"]) -> Bool[Array, ""]:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """A float weight into a padded kernel; the scale is computed from the weight."""
+    """A float weight into a padded kernel; the scale is computed from the weight.
+
+    Attributes:
+        layout: the orientation of the loaded weight.
+        per_channel: as in the padded kernel.
+    """
 
     layout: Layout
     per_channel: bool
@@ -147,12 +152,6 @@ class Copy:
 
 
 Conversion: TypeAlias = Quantize | Pad | Copy
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def measure(conversion: Conversion, *sources: Any) -> tuple[Carry, Bool[Array, " flags"]]:
-    """`conversion.measure`, compiled: the carry, and the flags [weights finite, scales valid]."""
-    return conversion.measure(*sources)
 
 
 @functools.partial(jax.jit, static_argnums=0)

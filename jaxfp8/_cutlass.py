@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 MATMUL_TARGET = "jaxfp8_scaled_matmul_v1"
 DENSE_TARGET = "jaxfp8_dense_v1"
 QUANTIZE_TARGET = "jaxfp8_quantize_v1"
-TARGETS = (MATMUL_TARGET, DENSE_TARGET, QUANTIZE_TARGET)
+WEIGHT_SCALE_TARGET = "jaxfp8_weight_scale_v1"
+PAD_WEIGHT_TARGET = "jaxfp8_pad_weight_v1"
+TARGETS = (
+    MATMUL_TARGET,
+    DENSE_TARGET,
+    QUANTIZE_TARGET,
+    WEIGHT_SCALE_TARGET,
+    PAD_WEIGHT_TARGET,
+)
 COMPUTE_CAPABILITY = "9.0"
 # The attribute `kernel` of both products: an index into the library's list of kernels, which tests
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
@@ -42,7 +50,7 @@ TMA_BYTES = 16
 # slower to leave out than to read (`with_readable_rows` in `cuda/src/gemm.cuh`).
 TILE_ROWS = 256
 # What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they take.
-CALLS = 3
+CALLS = 4
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -161,10 +169,10 @@ def scaled_matmul(
     promoted: bool,
 ) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
     """`_xla.scaled_matmul` as a custom call."""
-    (out,) = _call(
+    (out,) = call(
         MATMUL_TARGET,
         [_result(lhs.shape[0], rhs, out_features, out_dtype)],
-        [lhs, rhs, lhs_scale, rhs_scale, _or_empty(bias), _or_empty(out_scale)],
+        [lhs, rhs, lhs_scale, rhs_scale, or_empty(bias), or_empty(out_scale)],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
         kernel=FROM_TABLE,
@@ -178,10 +186,10 @@ def quantize_rows(
 ) -> tuple[Float8e4m3fn[Array, "M K_pad"], Float32[Array, "..."]]:
     """`_xla.quantize_rows` as a custom call: one read of x, which stays in registers."""
     m = x.shape[0]
-    qx, scale = _call(
+    qx, scale = call(
         QUANTIZE_TARGET,
         [((m, width), FP8_DTYPE), ((m, 1), jnp.float32)],
-        [x, _or_empty(x_scale)],
+        [x, or_empty(x_scale)],
     )
     return qx, scale if x_scale is None else x_scale
 
@@ -202,14 +210,14 @@ def dense(
     """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
     m, k_pad = x.shape[0], qvalue.shape[1]
     rows = scratch_rows(m, out_features, out_dtype)
-    out, _, _ = _call(
+    out, _, _ = call(
         DENSE_TARGET,
         [
             _result(m, qvalue, out_features, out_dtype),
             ((rows, k_pad), qvalue.dtype),  # scratch: the quantized x
             ((rows,), jnp.float32),  # scratch: its scales
         ],
-        [x, qvalue, scale, _or_empty(bias), _or_empty(x_scale), _or_empty(out_scale)],
+        [x, qvalue, scale, or_empty(bias), or_empty(x_scale), or_empty(out_scale)],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
         kernel=FROM_TABLE,
@@ -234,7 +242,11 @@ def scratch_rows(m: Any, out_features: int, out_dtype: Any) -> Any:
     return tiles * TILE_ROWS
 
 
-def _call(target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any):
+def call(
+    target: str, results: list[tuple], operands: list[jax.Array], **attributes: Any
+) -> list[jax.Array]:
+    """A custom call, also inside `shard_map`."""
+
     # Under shard_map all operands must vary over the same mesh axes, and the results are typed as
     # varying over none; both are said here. Outside shard_map the sets are empty.
     def varying(a: jax.Array) -> frozenset:
@@ -252,7 +264,7 @@ def _call(target: str, results: list[tuple], operands: list[jax.Array], **attrib
     return [vary(out) for out in outs]
 
 
-def _or_empty(a: jax.Array | None) -> jax.Array:
+def or_empty(a: jax.Array | None) -> jax.Array:
     """An absent operand is an empty one: a custom call has a fixed number of operands."""
     return jnp.zeros((0,), jnp.float32) if a is None else a
 

@@ -16,71 +16,58 @@ import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxfp8._accounting import Write, entries, path_name
-from jaxfp8._convert import Carry, Conversion
-from jaxfp8._placement import bring, devices_key, replicated, source_sharding
+from jaxfp8._bundles import Bundle, Method
+from jaxfp8._convert import Carry
+from jaxfp8._placement import Spec, bring, devices_key, replicated, source_sharding
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """All of an array that a compiled program depends on."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    weak_type: bool
-    committed: bool
-    sharding: Sharding
-
-    @staticmethod
-    def of(array: jax.Array) -> Spec:
-        aval = jax.typeof(array)
-        return Spec(array.shape, array.dtype, aval.weak_type, array.committed, array.sharding)
-
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        # A sharding given here commits the program's results, so an uncommitted array goes
-        # without and the program is compiled for the device that it is on.
-        return jax.ShapeDtypeStruct(
-            self.shape,
-            self.dtype,
-            weak_type=self.weak_type,
-            sharding=self.sharding if self.committed else None,
-        )
-
-
-Program = Callable[[tuple[jax.Array, ...], Carry, tuple[jax.Array, ...]], tuple[jax.Array, ...]]
+Arrays = tuple[jax.Array, ...]
+# (buffers of each parameter, carry, sources of each) -> buffers of each; the first donated.
+Program = Callable[[tuple[Arrays, ...], Carry, tuple[Arrays, ...]], tuple[Arrays, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One compiled write.
+    """One compiled write, of one parameter or of several alike.
 
     Attributes:
-        write: the parameter that it belongs to.
-        slots: where its arrays lie in the flattened `params`.
-        program: `(buffers, carry, sources) -> buffers`, the first donated.
+        bundle: the parameters.
+        slots: where the arrays of each lie in the flattened `params`.
+        program: what writes them.
         carry: what `measure` computed.
-        carry_shardings, source_shardings: where the program wants these.
+        carry_shardings, source_shardings: where the program wants these; the latter of each.
     """
 
-    write: Write
-    slots: tuple[int, ...]
+    bundle: Bundle
+    slots: tuple[tuple[int, ...], ...]
     program: Program
     carry: Carry
     carry_shardings: tuple[Sharding, ...]
     source_shardings: tuple[Sharding, ...]
 
-    def run(self, buffers: tuple[jax.Array, ...], shared: set[Buffer]) -> tuple[jax.Array, ...]:
-        """Write the new content; buffers in `shared` are replaced instead of overwritten."""
-        buffers = tuple(b.copy() if addresses(b) & shared else b for b in buffers)
+    def run(self, leaves: list[Any], shared: set[Buffer]) -> None:
+        """Write the new content into `leaves`; buffers in `shared` are replaced instead."""
+        buffers = tuple(tuple(_own(leaves[i], shared) for i in slots) for slots in self.slots)
         carry = tuple(map(bring, self.carry, self.carry_shardings))
-        sources = tuple(map(bring, self.write.sources, self.source_shardings))
+        sources = tuple(
+            tuple(map(bring, write.sources, self.source_shardings)) for write in self.bundle.writes
+        )
         with jax.disable_jit(False):  # JAX refuses to run compiled programs under disable_jit.
-            return self.program(buffers, carry, sources)
+            fresh = self.program(buffers, carry, sources)
+        for slots, arrays in zip(self.slots, fresh, strict=True):
+            for slot, array in zip(slots, arrays, strict=True):
+                leaves[slot] = array
 
 
-def steps(write: Write, carry: Carry) -> list[Step]:
-    """Compile the writes of one parameter: one program, or more if its arrays lie apart."""
+def _own(leaf: jax.Array, shared: set[Buffer]) -> jax.Array:
+    return leaf.copy() if addresses(leaf) & shared else leaf
+
+
+def steps(bundle: Bundle, carry: Carry) -> list[Step]:
+    """Compile a bundle: one program, or more if the arrays of a parameter lie apart."""
+    first = bundle.writes[0]
     groups: dict[Any, list[int]] = {}
-    specs = [Spec.of(target) for target in write.targets]
+    specs = [Spec.of(target) for target in first.targets]
     for index, spec in enumerate(specs):
         groups.setdefault((spec.committed, devices_key(spec.sharding)), []).append(index)
     result = []
@@ -89,37 +76,45 @@ def steps(write: Write, carry: Carry) -> list[Step]:
         where, ndim = targets[0].sharding, len(targets[0].shape)
         carry_shardings = tuple(replicated(where) for _ in carry)
         source_shardings = tuple(
-            source_sharding(source, where, ndim, transposes=write.conversion.transposes)
-            for source in write.sources
+            source_sharding(source, where, ndim, transposes=bundle.method.transposes)
+            for source in first.sources
         )
         program = _compile(
-            write.conversion,
+            bundle.method,
+            len(bundle.writes),
             wanted,
             targets,
             _input_specs(carry, carry_shardings, targets[0].committed),
-            _input_specs(write.sources, source_shardings, targets[0].committed),
+            _input_specs(first.sources, source_shardings, targets[0].committed),
         )
-        slots = tuple(write.slots.start + index for index in wanted)
-        result.append(Step(write, slots, program, carry, carry_shardings, source_shardings))
+        slots = tuple(tuple(w.slots.start + index for index in wanted) for w in bundle.writes)
+        result.append(Step(bundle, slots, program, carry, carry_shardings, source_shardings))
     return result
 
 
 @functools.cache
 def _compile(
-    conversion: Conversion,
+    method: Method,
+    count: int,
     wanted: tuple[int, ...],
     targets: tuple[Spec, ...],
     carry: tuple[Spec, ...],
     sources: tuple[Spec, ...],
 ) -> Program:
-    def write(buffers: Any, carry: Carry, sources: Any) -> tuple[jax.Array, ...]:
-        fresh = conversion.convert(carry, *sources)
+    def write(buffers: Any, carry: Carry, sources: Any) -> tuple[Arrays, ...]:
+        fresh = method.convert(carry, sources)
         # Written into the buffer, not returned in its place: that keeps a weak type weak.
-        return tuple(b.at[...].set(fresh[i]) for b, i in zip(buffers, wanted, strict=True))
+        return tuple(
+            tuple(b.at[...].set(new[i]) for b, i in zip(own, wanted, strict=True))
+            for own, new in zip(buffers, fresh, strict=True)
+        )
 
-    arguments = [tuple(spec.abstract() for spec in group) for group in (targets, carry, sources)]
+    def abstract(specs: tuple[Spec, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(spec.abstract() for spec in specs)
+
+    arguments = ((abstract(targets),) * count, abstract(carry), (abstract(sources),) * count)
     if targets[0].committed:
-        out_shardings = tuple(spec.sharding for spec in targets)
+        out_shardings = (tuple(spec.sharding for spec in targets),) * count
         jitted = jax.jit(write, donate_argnums=0, keep_unused=True, out_shardings=out_shardings)
         return jitted.lower(*arguments).compile()
     # Given shardings commit the results, so uncommitted arrays must go without.

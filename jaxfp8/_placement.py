@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All of an array that a compiled program depends on."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    weak_type: bool
+    committed: bool
+    sharding: Sharding
+
+    @staticmethod
+    def of(array: jax.Array) -> Spec:
+        aval = jax.typeof(array)
+        return Spec(array.shape, array.dtype, aval.weak_type, array.committed, array.sharding)
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        # A sharding given here commits the program's results, so an uncommitted array goes
+        # without and the program is compiled for the device that it is on.
+        return jax.ShapeDtypeStruct(
+            self.shape,
+            self.dtype,
+            weak_type=self.weak_type,
+            sharding=self.sharding if self.committed else None,
+        )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from jaxfp8._accounting import (
     one_level,
     unbox,
 )
-from jaxfp8._convert import Carry, convert, measure
+from jaxfp8._bundles import Bundle, OneByOne, bundles
+from jaxfp8._convert import Carry, convert
 from jaxfp8._donate import Step, addresses, check_donatable, steps
 from jaxfp8._leaf import FLOATS
 from jaxfp8._placement import no_mesh, place_like
@@ -35,10 +36,13 @@ class ReloadError(RuntimeError):
     Attributes:
         params: the tree as it is now: new leaves where they were written, else the old ones.
         updated: the paths already new.
-        failed: the path whose write failed; its buffers may be lost.
+        failed: the paths whose write failed; their buffers may be lost. One, or on a GPU up to 32
+            of one shape, which are written by one program.
     """
 
-    def __init__(self, message: str, params: Any, updated: tuple[str, ...], failed: str):
+    def __init__(
+        self, message: str, params: Any, updated: tuple[str, ...], failed: tuple[str, ...]
+    ):
         super().__init__(message)
         self.params = params
         self.updated = updated
@@ -82,7 +86,7 @@ def update_params(
         TypeError: if only dtypes or types do not fit.
     """
     writes = account(params, loaded, partial=partial, ignore=ignore)
-    carries, flags = _measure(writes)
+    carries, flags = _measure([Bundle((write,), OneByOne(write.conversion)) for write in writes])
     _check_values(flags, allow_nonfinite=False)
     leaves, treedef = jax.tree.flatten(params)
     for write, carry in zip(writes, carries, strict=True):
@@ -104,7 +108,8 @@ def reload_params(
     """`update_params` into the buffers of `params`, which is donated: use the tree returned.
 
     First everything is checked (one pass over `loaded`, one synchronisation); then the leaves are
-    written one by one, each by a program compiled once for its shape and dtype. No leaf changes
+    written, by a program compiled once for each shape and dtype: one by one, or on a GPU with the
+    plugin up to 32 alike together, by one kernel and without further memory. No leaf changes
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
     arrays in it may be overwritten as soon as this returns (they are sent to the device twice,
@@ -120,7 +125,7 @@ def reload_params(
         partial: as in `update_params`. Leaves that are kept are handed on, not copied.
         ignore: as in `update_params`.
         allow_nonfinite: accept NaN and infinite weights, to look at a model that has diverged.
-            Scales are checked all the same.
+            Scales are checked all the same. With the plugin this also saves the pass that checks.
 
     Raises:
         ValueError: as `update_params`, and if two leaves of `params` share a buffer. Nothing has
@@ -131,25 +136,25 @@ def reload_params(
             the leaves already new and holds the tree as it is then.
     """
     writes = account(params, loaded, partial=partial, ignore=ignore)
+    alike = list(bundles(writes, unchecked=allow_nonfinite))
+    carries, flags = _measure(alike)
+    # The host prepares what is to be written while the device measures.
     check_donatable(params, writes)
-    carries, flags = _measure(writes)
-    if any(isinstance(flag, jax.core.Tracer) for flag in flags.values()):
+    if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
         raise TypeError(
             "`reload_params` overwrites buffers and cannot run under jit, vmap or grad, but it was "
             "called while a function is traced. Use `update_params` there."
         )
-    _check_values(flags, allow_nonfinite=allow_nonfinite)
-    todo = [s for w, carry in zip(writes, carries, strict=True) for s in steps(w, carry)]
+    todo = [step for some in zip(alike, carries, strict=True) for step in steps(*some)]
     shared = set().union(*map(addresses, jax.tree.leaves(loaded)))
+    _check_values(flags, allow_nonfinite=allow_nonfinite)
     leaves, treedef = jax.tree.flatten(params)
     for done, step in enumerate(todo):
         try:
-            fresh = step.run(tuple(leaves[slot] for slot in step.slots), shared)
+            step.run(leaves, shared)
         except Exception as error:
             tree = jax.tree.unflatten(treedef, leaves)
             raise _reload_error(todo, done, tree, error) from error
-        for slot, leaf in zip(step.slots, fresh, strict=True):
-            leaves[slot] = leaf
     _release_host_arrays(writes, leaves)
     return jax.tree.unflatten(treedef, leaves)
 
@@ -192,19 +197,26 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree.unflatten(treedef, mask)
 
 
-def _measure(writes: Sequence[Write]) -> tuple[list[Carry], dict[str, Any]]:
-    carries, flags = [], {}
-    for write in writes:
-        sources = (s if isinstance(s, jax.Array) else jax.device_put(s) for s in write.sources)
-        carry, flags[write.name] = measure(write.conversion, *sources)
-        carries.append(carry)
-    return carries, flags
+# The names of parameters alike, and for each of them whether it is finite and its scales valid.
+Flags = list[tuple[tuple[str, ...], Any]]
 
 
-def _check_values(flags: dict[str, Any], *, allow_nonfinite: bool) -> None:
-    concrete = {name: f for name, f in flags.items() if not isinstance(f, jax.core.Tracer)}
+def _measure(alike: Sequence[Bundle]) -> tuple[list[Carry], Flags]:
+    results = [bundle.measure() for bundle in alike]
+    flags = [(bundle.names, flag) for bundle, (_, flag) in zip(alike, results, strict=True)]
+    return [carry for carry, _ in results], flags
+
+
+def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
+    concrete = [(names, flag) for names, flag in flags if not isinstance(flag, jax.core.Tracer)]
+    values = jax.device_get([flag for _, flag in concrete])
+    verdicts = [
+        (name, *verdict)
+        for (names, _), rows in zip(concrete, values, strict=True)
+        for name, verdict in zip(names, rows, strict=True)
+    ]
     problems = []
-    for name, (finite, scales_valid) in jax.device_get(concrete).items():
+    for name, finite, scales_valid in sorted(verdicts):
         if not (finite or allow_nonfinite):
             problems.append(f"  {name}: a weight is NaN or infinite (in the parameter's dtype).")
         if not scales_valid:
@@ -225,14 +237,17 @@ def _release_host_arrays(writes: Sequence[Write], leaves: list[Any]) -> None:
 
 
 def _reload_error(todo: list[Step], done: int, params: Any, error: Exception) -> ReloadError:
-    failed = todo[done].write.name
-    updated = tuple(dict.fromkeys(step.write.name for step in todo[:done]))
-    updated = tuple(name for name in updated if name != failed)
-    rest = tuple(dict.fromkeys(step.write.name for step in todo[done + 1 :]))
+    def names(some: Sequence[Step]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for step in some for name in step.bundle.names))
+
+    failed = names(todo[done : done + 1])
+    updated = tuple(name for name in names(todo[:done]) if name not in failed)
+    rest = names(todo[done + 1 :])
     return ReloadError(
-        f"`reload_params` failed on the device while it wrote {failed}: {error}. Already new: "
+        f"`reload_params` failed on the device while it wrote {', '.join(failed)}: {error}. "
+        "Already new: "
         f"{', '.join(updated) or 'nothing'}. Still old: {', '.join(rest) or 'nothing'}. The "
-        "tree as it is now is this error's `params` attribute; the buffers of the failed leaf "
+        "tree as it is now is this error's `params` attribute; the buffers of what failed "
         "may be gone. Free memory and reload again, or build the tree anew with `update_params`.",
         params,
         updated,

@@ -8,7 +8,7 @@ from update_cases import served_tree, trainer_tree, weight
 
 import jaxfp8._donate
 from jaxfp8._accounting import account
-from jaxfp8._convert import measure
+from jaxfp8._bundles import bundles
 from jaxfp8._donate import steps
 from jaxfp8.padded import DenseWeight, PaddedKernel
 from jaxfp8.update import reload_params
@@ -25,8 +25,9 @@ def test_a_write_wants_no_memory_of_the_size_of_the_weight(layout, per_channel, 
     kernel = PaddedKernel.from_dense(jnp.ones((K, N)), per_channel=per_channel)
     loaded = DenseWeight(jnp.ones((K, N) if layout == "in_out" else (N, K), dtype), layout)
     (write,) = account(kernel, loaded, partial=False, ignore=())
-    carry, _ = measure(write.conversion, *write.sources)
-    (step,) = steps(write, carry)
+    (bundle,) = bundles([write])
+    carry, _ = bundle.measure()
+    (step,) = steps(bundle, carry)
     memory = step.program.memory_analysis()
     assert memory.alias_size_in_bytes == kernel.qvalue.nbytes + kernel.scale.nbytes
     assert memory.temp_size_in_bytes <= 16 * N  # Reciprocals of the scales, and the like.

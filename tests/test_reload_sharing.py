@@ -190,7 +190,7 @@ def test_a_device_error_names_the_leaves_already_new(monkeypatch):
         reload_params(params, loaded)
     error = caught.value
     assert error.updated == ("Dense_0/bias", "Dense_0/kernel", "Dense_1/bias")
-    assert error.failed == "Dense_1/kernel"
+    assert error.failed == ("Dense_1/kernel",)
     assert "Already new: Dense_0/bias, Dense_0/kernel, Dense_1/bias." in str(error)
     assert "Still old: LayerNorm_0/bias, LayerNorm_0/scale." in str(error)
     assert isinstance(error.__cause__, DeviceFailure)

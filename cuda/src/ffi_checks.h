@@ -1,4 +1,4 @@
-// Saying what XLA handed over, and refusing it.
+// What handlers share: their stages, saying what XLA handed over, and refusing it.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 
 namespace jaxfp8 {
 namespace ffi = xla::ffi;
+
+enum class Stage { kInitialize, kExecute };
 
 inline std::string shape_of(ffi::AnyBuffer const& buffer) {
   std::ostringstream text;
@@ -72,3 +74,8 @@ inline bool find_in(ffi::DataType type, In* in) {
 }
 
 }  // namespace jaxfp8
+
+// The macro declares an extern "C" function; this makes it visible outside the library.
+#define JAXFP8_HANDLER(name, function, binding, ...)                                             \
+  extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*);      \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding __VA_OPT__(, ) __VA_ARGS__)

@@ -18,8 +18,6 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-enum class Stage { kInitialize, kExecute };
-
 template <Stage kStage>
 ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs,
                          ffi::AnyBuffer qvalue, ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale,
@@ -186,11 +184,6 @@ auto bind_dense(Binding binding) {
 }
 
 }  // namespace
-
-// The macro declares an extern "C" function; this makes it visible outside the library.
-#define JAXFP8_HANDLER(name, function, binding, ...)                                             \
-  extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*);      \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding __VA_OPT__(, ) __VA_ARGS__)
 
 JAXFP8_HANDLER(jaxfp8_scaled_matmul_v1_initialize, scaled_matmul<Stage::kInitialize>,
                bind_matmul(ffi::Ffi::BindInitialize()));

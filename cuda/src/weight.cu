@@ -1,0 +1,92 @@
+// A loaded weight -> e4m3, K-major, padded, with a scale for each output feature: which kernel, and
+// its launch.
+#include <algorithm>
+
+#include "once_per_device.h"
+#include "weight_columns.cuh"
+#include "weight_rows.cuh"
+
+namespace jaxfp8 {
+namespace {
+
+using WeightKernel = void (*)(WeightProblem const);
+
+template <class T>
+WeightKernel pick(bool in_out, Load load) {
+  if (in_out) {
+    return load == Load::k16Bytes ? weight_columns<T, Load::k16Bytes>
+                                  : weight_columns<T, Load::kElements>;
+  }
+  switch (load) {
+    case Load::k16Bytes: return weight_rows<T, Load::k16Bytes>;
+    case Load::k8Bytes: return weight_rows<T, Load::k8Bytes>;
+    default: return weight_rows<T, Load::kElements>;
+  }
+}
+
+constexpr int kStageBytes = Tiles<float, Load::k16Bytes>::kBytes;  // the same for every T
+
+template <class T>
+char const* launch(WeightProblem const& p) {
+  auto pitch = static_cast<uint64_t>(p.in_out ? p.n : p.k) * sizeof(T);
+  for (int i = 0; i < p.count; ++i) pitch |= reinterpret_cast<uintptr_t>(p.w[i]);
+  Load const load = pitch % 16 == 0  ? Load::k16Bytes
+                    : pitch % 8 == 0 ? Load::k8Bytes
+                                     : Load::kElements;
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  config.stream = p.stream;
+  if (p.in_out) {
+    config.gridDim = dim3((p.n_pad + kStrip - 1) / kStrip * kCluster, p.stack, p.count);
+    config.blockDim = dim3(kThreadsOfTile);
+    config.dynamicSmemBytes = load == Load::k16Bytes ? kStageBytes : 0;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  } else {
+    int const chunks = (p.k_pad + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
+    config.gridDim = dim3(p.measured != nullptr ? p.n : p.n_pad, p.stack, p.count);
+    config.blockDim = dim3(std::min((chunks + 31) / 32 * 32, kThreadsOfRow));
+  }
+  cudaError_t const status = cudaLaunchKernelEx(&config, pick<T>(p.in_out, load), p);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+template <class T>
+cudaError_t load_modules() {
+  for (bool in_out : {false, true}) {
+    for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
+      cudaError_t const status = cudaFuncSetAttribute(
+          reinterpret_cast<void const*>(pick<T>(in_out, load)),
+          cudaFuncAttributeMaxDynamicSharedMemorySize, in_out ? kStageBytes : 0);
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+char const* load_all_modules() {
+  for (cudaError_t status :
+       {load_modules<__nv_bfloat16>(), load_modules<__half>(), load_modules<float>()}) {
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+char const* weight_prepare() {
+  static OncePerDevice once;
+  return once.call(load_all_modules);
+}
+
+char const* weight_launch(WeightProblem const& problem) {
+  switch (problem.in) {
+    case In::kBF16: return launch<__nv_bfloat16>(problem);
+    case In::kF16: return launch<__half>(problem);
+    default: return launch<float>(problem);
+  }
+}
+
+}  // namespace jaxfp8
