@@ -7,19 +7,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, gemm, layer, reload, stack, tune
+from benchmarks import accuracy, gemm, inputs, layer, reload, stack, tune
 
 
 BENCHMARKS = {
     "gemm": gemm,
     "layer": layer,
     "stack": stack,
+    "inputs": inputs,
     "reload": reload,
     "accuracy": accuracy,
     "tune": tune,
 }
 # The others measure no time.
-TIMED = ("gemm", "layer", "stack", "reload")
+TIMED = ("gemm", "layer", "stack", "inputs", "reload")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

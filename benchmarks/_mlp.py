@@ -103,6 +103,20 @@ def flax_variables(stack: nn.Module, params: dict[str, Any], x: jax.Array) -> di
     return {"params": params, **jax.tree_util.tree_map_with_path(fill, own)}
 
 
+def qwix_stack(params: dict[str, Any], stack: nn.Module, x: jax.Array) -> tuple[Any, Any]:
+    """A bf16 `stack` under Qwix's post-training quantization to e4m3, and its parameters.
+
+    Weights by channel, activations by token at every call: the kinds of scales that ours has.
+    """
+    import qwix
+
+    e4m3 = jnp.float8_e4m3fn
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype=e4m3, act_qtype=e4m3)
+    quantized = qwix.quantize_model(stack, qwix.PtqProvider([rule]))
+    template = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
+    return quantized, qwix.quantize_params(params, template)
+
+
 def stacked(params: dict[str, Any]) -> dict[str, Any]:
     """The tree of a Stack as a ScannedStack has it."""
     blocks = [params[f"block_{i}"] for i in range(len(params))]

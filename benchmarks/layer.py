@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ ERROR_LIMIT = 0.1
 # bf16 / ours, busy, of the block 4096 -> 14336 -> 4096 at this many rows.
 TARGETS = {(4096, 14336, 16): 1.5, (4096, 14336, 1024): 1.6}
 
+# Fp8DirectDotGeneralOp, and post-training quantization by interception: XLA multiplies for both.
+PEERS = ("flax", "qwix")
+
 Block = tuple[int, int]
 
 
@@ -37,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=_blocks, help="one group of blocks instead of all: 1280-3420,1280-3424"
     )
     parser.add_argument("--quick", action="store_true", help="M = 16 and 1024 alone")
-    parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product too")
+    parser.add_argument("--peers", action="store_true", help="Flax's own FP8 product and Qwix too")
     parser.add_argument("--no-trace", action="store_true", help="wall time alone")
 
 
@@ -82,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             weights = {block: _weights(block, on_gpu) for block in group}
         kinds = ["fp8", "bf16"]
         kinds += ["scanned"] if m in shapes.SCANNED_ROWS or not on_gpu else []
-        kinds += ["flax"] if options.peers else []
+        kinds += _peers() if options.peers else []
         contestants = [_compile(kind, b, m, weights[b]) for b in group for kind in kinds]
         rows += measure(contestants, m, options.rounds, trace=on_gpu and not options.no_trace)
         # After each case, so that a run that is cut off leaves what it has.
@@ -97,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         written = _report.write_json(options.out, "layer", content, quiet=True)
     _print(rows)
     print(f"Written: {written}")
-    errors = [e for row in rows for kind, e in row["errors"].items() if kind != "flax"]
+    errors = [e for row in rows for kind, e in row["errors"].items() if kind not in PEERS]
     return int(not all(error < ERROR_LIMIT for error in errors))  # false for NaN
 
 
@@ -142,6 +146,13 @@ def measure(
     return rows
 
 
+def _peers() -> list[str]:
+    if importlib.util.find_spec("qwix") is not None:
+        return list(PEERS)
+    _report.Progress.say("qwix is not installed, so it is left out: pip install qwix")
+    return ["flax"]
+
+
 def _label(case: tuple[tuple[Block, ...], int]) -> str:
     group, m = case
     return f"M={m}, " + " and ".join(f"{f}-{h}-{f}" for f, h in group)
@@ -151,7 +162,7 @@ def _weights(block: Block, on_gpu: bool) -> dict[str, Any]:
     layers = _mlp.layers_past_cache(*block) if on_gpu else 3
     dense = _mlp.dense_params(*block, layers)
     fp8 = _mlp.fp8_params(dense)
-    return {"bf16": dense, "flax": dense, "fp8": fp8, "scanned": _mlp.stacked(fp8)}
+    return {"bf16": dense, "flax": dense, "qwix": dense, "fp8": fp8, "scanned": _mlp.stacked(fp8)}
 
 
 def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contestant:
@@ -160,10 +171,13 @@ def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contes
     if kind == "scanned":
         stack: Any = _mlp.ScannedStack(*block, "fp8", layers)
     else:
-        stack = _mlp.Stack(*block, kind, layers)
+        stack = _mlp.Stack(*block, "bf16" if kind == "qwix" else kind, layers)
     variables = {"params": weights[kind]}
     if kind == "flax":
         variables = _mlp.flax_variables(stack, weights[kind], x)
+    if kind == "qwix":
+        stack, params = _mlp.qwix_stack(weights[kind], stack, x)
+        variables = {"params": params}
     compiled = jax.jit(stack.apply).lower(variables, x).compile()
     hlo = _hlo.read(compiled.as_text() or "", [block])
     return Contestant(kind, block, layers, lambda: compiled(variables, x), hlo)
@@ -171,10 +185,12 @@ def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contes
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     clock = "busy" if all("busy" in row["microseconds"] for row in rows) else "wall"
-    kinds = [k for k in ("bf16", "scanned", "flax") if any(k in r["hlo"] for r in rows)]
+    kinds = [k for k in ("bf16", "scanned", *PEERS) if any(k in r["hlo"] for r in rows)]
+    peers = [k for k in PEERS if k in kinds]
     columns = ["block", "M", "ours", "bf16", *(f"{kind}\n/ ours" for kind in kinds), "error"]
     columns += ["kernels\nours", "kernels\nbf16", "wall\nours", "wall\nbf16"]
-    columns += ["wall, bf16\n/ ours", "unaligned /\naligned", "the same,\nbf16"]
+    columns += [f"wall, {kind}\n/ ours" for kind in ("bf16", *peers)]
+    columns += ["unaligned /\naligned", "the same,\nbf16"]
     lines = []
     for row in rows:
         times, wall = row["microseconds"][clock], row["microseconds"]["wall"]
@@ -185,7 +201,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         line.append(f"{row['errors']['fp8']:.3f}")
         line += [_report.number(row["kernels"][kind], 1) for kind in ("fp8", "bf16")]
         line += [f"{wall['fp8']:.1f}", f"{wall['bf16']:.1f}"]
-        line.append(_report.ratio_cell(row["ratios"]["wall"]["bf16"]))
+        line += [_report.ratio_cell(row["ratios"]["wall"].get(kind)) for kind in ("bf16", *peers)]
         line += [_report.number(to_aligned.get(kind), 3) for kind in ("fp8", "bf16")]
         lines.append(line)
     meaning = "device-busy unless it says wall" if clock == "busy" else "wall"

@@ -68,6 +68,14 @@ CPU_STACK_LAYERS = 4
 CPU_STACK_ROWS = (1, 5)
 CPU_STACKS = ((32, 32), (20, 44))
 
+# What reads one x (Llama-3-8B's q, k, v; gate, up), and a layer behind another, by features.
+SHARED_INPUTS = {"q, k, v": (4096, (4096, 1024, 1024)), "gate, up": (4096, (14336, 14336))}
+CPU_SHARED_INPUTS = {"q, k, v": (32, (32, 16, 16))}
+CHAINS: Sizes = ((4096, 14336), (1280, 3420))
+CPU_CHAINS: Sizes = ((32, 44),)
+INPUT_ROWS: Rows = (16, 64, 256, 1024, 4096)
+CPU_INPUT_ROWS = (1, 5)
+
 # Errors of products of `side` rows and as many output features, over K.
 ACCURACY_KS = (1024, 4096, 8192, 16384)
 ACCURACY_SIDE = 256

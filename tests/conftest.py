@@ -21,20 +21,24 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 _deselected: list[pytest.Item] = []
 
 
-def cuda_visible() -> bool:
-    """Whether JAX sees a CUDA device."""
+def cuda_devices() -> int:
+    """How many CUDA devices JAX sees."""
     try:
-        return bool(jax.devices("cuda"))
+        return len(jax.devices("cuda"))
     except RuntimeError:
-        return False
+        return 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests marked `gpu` where there is none: not run, and not called skipped."""
-    if cuda_visible():
-        return
-    _deselected.extend(item for item in items if item.get_closest_marker("gpu"))
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselect the tests marked `gpu` where there are too few: not run, and not called skipped."""
+    there = cuda_devices()
+
+    def wanted(item: pytest.Item) -> int:
+        marker = item.get_closest_marker("gpu")
+        return 0 if marker is None else marker.kwargs.get("count", 1)
+
+    _deselected.extend(item for item in items if wanted(item) > there)
+    items[:] = [item for item in items if wanted(item) <= there]
     if _deselected:
         config.hook.pytest_deselected(items=_deselected)
 
@@ -48,5 +52,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was not run, and why."""
     if _deselected:
         terminalreporter.write_line(
-            f"{len(_deselected)} tests marked `gpu` were not run: JAX sees no CUDA device here."
+            f"{len(_deselected)} tests marked `gpu` were not run: JAX sees {cuda_devices()} CUDA "
+            "devices here."
         )

@@ -6,12 +6,14 @@ in one large pool, and an access past the end of one hits the next unseen.
 
 import os
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from direct_calls import FROM_TABLE, dense, kernel_name, kernels, matmul, quantize
 
 from jaxfp8 import PaddedKernel
+from jaxfp8._weights import pad_weight, weight_scale
 from jaxfp8.padded import padded_size
 from jaxfp8.quantize import FP8_DTYPE
 
@@ -50,6 +52,16 @@ ROWS = [
     (517, 1030, np.float32),
     (1, 3420, np.float16),
     (1, 1, np.float32),
+]
+
+# Loaded weights [K, N]: read by 16 bytes, by 8 that are shifted, and by elements, in either layout;
+# past a tile of either side, and less than one.
+WEIGHTS = [
+    (144, 208, ml_dtypes.bfloat16),
+    (516, 260, ml_dtypes.bfloat16),
+    (515, 259, np.float16),
+    (1100, 67, np.float32),
+    (1, 1, ml_dtypes.bfloat16),
 ]
 
 
@@ -99,6 +111,16 @@ def main():
             for y in quantize(x, x_scale):
                 check(y, m, k, x_scale)
             calls += 1
+    for k, n, dtype in WEIGHTS:
+        for layout in ("in_out", "out_in"):
+            shape = (2, k, n) if layout == "in_out" else (2, n, k)
+            alike = [RNG.standard_normal(shape, np.float32).astype(dtype) for _ in range(2)]
+            scales = jax.jit(weight_scale, static_argnames="layout")(alike, layout=layout)
+            for given in ([scales], []):
+                pad = jax.jit(pad_weight, static_argnames="layout")
+                for array in jax.tree.leaves(pad(alike, *given, layout=layout)):
+                    check(array, k, n, layout)
+            calls += 3
     check(dense(np.ones((1, 1), np.float32), padded(1, 1))[0], 1)
     print(f"OK {calls + 1} calls")
 

@@ -51,6 +51,15 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(reload.jax, "default_backend", lambda: "cpu")
 
 
+def test_inputs_end_to_end(tmp_path, capsys, on_cpu):
+    assert main(["inputs", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "inputs")["rows"]
+    assert [row["m"] for row in rows] == [1, 5, 1, 5]
+    assert all(row["error"] == 0 for row in rows if not row["chained"])
+    assert all(0 < row["error"] < 0.1 for row in rows if row["chained"])
+    assert "once for all" in capsys.readouterr().out
+
+
 def test_gemm_end_to_end(tmp_path, capsys, on_cpu):
     assert main(["gemm", "--shapes", "5x48x32", "--rounds", "3", "--out", str(tmp_path)]) == 0
     assert "They are no GPU numbers" in capsys.readouterr().out
