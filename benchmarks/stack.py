@@ -4,7 +4,9 @@ Wall is the host's clock over many calls, one after another, blocked on at the e
 during which a kernel ran, from a profile. Above 1 in "wall / busy" the device waits for the host.
 Kernels are counted a layer. "In graphs" is the share of them that CUDA graphs launched, which XLA
 calls command buffers; XLA writes a graph again ("graphs updated", a call) when a buffer in it has
-moved. Beside it the same stack of nn.Dense in bfloat16, in turn.
+moved. Beside it the same stack of nn.Dense in bfloat16, in turn, and
+"arguments": a program that takes the FP8 stack's arrays and adds 1 to x, which is what JAX itself
+needs to call a program of so many arguments.
 
 `--graphs` runs all of that under several XLA_FLAGS, each in a process of its own: as XLA chooses,
 without command buffers, and with them from one command on.
@@ -65,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
             params = {"bf16": dense, "fp8": _mlp.fp8_layers(dense)}
         stack = {kind: _compile(kind, widths, m, params[kind]) for kind in KINDS}
         trace = on_gpu and not options.no_trace
-        rows.append(measure(stack, widths, m, options.rounds, trace=trace))
+        arguments = _arguments_alone(widths, m, params["fp8"])
+        rows.append(measure(stack, arguments, widths, m, options.rounds, trace=trace))
     content = {
         "benchmark": "stack",
         "is_gpu_number": on_gpu,
@@ -105,7 +108,13 @@ def run_settings(options: argparse.Namespace) -> int:
 
 
 def measure(
-    stack: dict[str, Compiled], widths: tuple[int, ...], m: int, rounds: int, *, trace: bool
+    stack: dict[str, Compiled],
+    arguments: Callable[[], jax.Array],
+    widths: tuple[int, ...],
+    m: int,
+    rounds: int,
+    *,
+    trace: bool,
 ) -> dict[str, Any]:
     """The row of one stack and M: microseconds a layer, ratios, kernels and graphs by kind."""
     outputs = {kind: np.asarray(c.call()).astype(np.float32) for kind, c in stack.items()}
@@ -114,7 +123,10 @@ def measure(
     clocked = _clocks.measure(
         calls, dict.fromkeys(stack, layers), rounds, trace=trace, graphs=trace
     )
+    floor = {"arguments": arguments}
+    bare = _clocks.measure(floor, dict.fromkeys(floor, layers), rounds, trace=False)
     microseconds = {kind: clocked.microseconds(kind) for kind in stack}
+    microseconds["arguments"] = bare.microseconds("arguments")
     sizes = list(zip(widths[:-1], widths[1:], strict=True))
     graphs: dict[str, dict[str, Any]] = {}
     for kind, compiled in stack.items():
@@ -132,6 +144,7 @@ def measure(
         "wall_over_busy": {
             kind: times["wall"] / times["busy"] if "busy" in times else None
             for kind, times in microseconds.items()
+            if kind in stack
         },
         "bf16_over_ours": clocked.ratio("bf16", "fp8"),
         "kernels": {kind: clocked.kernels(kind) for kind in stack},
@@ -157,10 +170,18 @@ def _compile(kind: str, widths: tuple[int, ...], m: int, params: dict[str, Any])
     return Compiled(lambda: compiled(variables, x), compiled.as_text() or "")
 
 
+def _arguments_alone(
+    widths: tuple[int, ...], m: int, params: dict[str, Any]
+) -> Callable[[], jax.Array]:
+    x = jnp.zeros((m, widths[0]), jnp.bfloat16)
+    compiled = jax.jit(lambda params, x: x + 1, keep_unused=True).lower(params, x).compile()
+    return lambda: compiled(params, x)
+
+
 def _print(settings: dict[str, list[dict[str, Any]]]) -> None:
     """One line for each setting, stack and M; the settings of one stack and M beside each other."""
     columns = ["XLA_FLAGS"] if len(settings) > 1 else []
-    columns += ["stack", "M", "ours\nbusy", "ours\nwall", "wall /\nbusy"]
+    columns += ["stack", "M", "arguments\nwall", "ours\nbusy", "ours\nwall", "wall /\nbusy"]
     columns += ["bf16\nbusy", "bf16\nwall", "wall /\nbusy", "bf16 / ours\nbusy", "wall"]
     columns += ["kernels\nours", "kernels\nbf16", "in graphs\nours", "in graphs\nbf16"]
     columns += ["graphs\nupdated", "error"]
@@ -181,6 +202,7 @@ def _print(settings: dict[str, list[dict[str, Any]]]) -> None:
 
 def _line(row: dict[str, Any]) -> list[_report.Cell]:
     line: list[_report.Cell] = [_name(row["widths"]), str(row["m"])]
+    line.append(_report.number(row["microseconds"]["arguments"]["wall"], 2))
     for kind in KINDS:
         times, ratio = row["microseconds"][kind], row["wall_over_busy"][kind]
         line += [_report.number(times.get(clock), 2) for clock in ("busy", "wall")]
