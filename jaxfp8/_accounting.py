@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,8 +15,10 @@ import jax
 from flax.core.meta import AxisMetadata
 
 from jaxfp8._convert import Conversion
-from jaxfp8._leaf import check_target, is_abstract, plan_leaf
+from jaxfp8._leaf import check_target, is_abstract
+from jaxfp8._shards import plan
 from jaxfp8.padded import DenseWeight, FP8Weight, PaddedKernel
+from jaxfp8.shards import KernelShards
 
 
 Path: TypeAlias = tuple[str, ...]
@@ -28,10 +31,12 @@ class Entry:
     Attributes:
         node: it, without boxes.
         slots: where its arrays lie in the flattened tree.
+        learns: False in an NNX Variable that is not an nnx.Param.
     """
 
     node: Any
     slots: slice
+    learns: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +58,20 @@ class Write:
     sources: tuple[Any, ...]
 
 
+def is_variable(node: object, kind: str = "Variable") -> bool:
+    """Whether a node is an NNX Variable (of a kind) that is a node of a pytree.
+
+    By the type's bases: to `isinstance` a HijaxVariable is one too, but to JAX it is a leaf.
+    """
+    # Importing flax.nnx takes 0.2 s more, and who has not imported it has no Variables.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and issubclass(type(node), getattr(nnx, kind, ()))
+
+
 def is_parameter(node: object) -> bool:
     """Whether a node of a tree is one parameter rather than a container of several."""
-    return isinstance(node, PaddedKernel | DenseWeight | FP8Weight | AxisMetadata)
+    weights = PaddedKernel | DenseWeight | FP8Weight | KernelShards
+    return isinstance(node, weights | AxisMetadata) or is_variable(node)
 
 
 def one_level(node: Any) -> tuple[list[Any], Any]:
@@ -68,15 +84,17 @@ def one_level(node: Any) -> tuple[list[Any], Any]:
 
 
 def unbox(node: Any) -> Any:
-    """A parameter without its `nn.Partitioned` (or other AxisMetadata) boxes.
+    """A parameter without its boxes: `nn.Partitioned`, other AxisMetadata, an NNX Variable.
 
     By structure, because `Partitioned.unbox()` applies a sharding constraint under a mesh.
     """
-    while isinstance(node, AxisMetadata):
+    while isinstance(node, AxisMetadata) or is_variable(node):
         inside, _ = one_level(node)
         if len(inside) != 1:
             return node
         node = inside[0]
+    if isinstance(node, KernelShards):
+        return KernelShards({k: unbox(v) for k, v in node.shards.items()}, node.sizes)
     if isinstance(node, PaddedKernel | DenseWeight | FP8Weight):
         fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
         return type(node)(**{name: unbox(value) for name, value in fields.items()})
@@ -84,15 +102,28 @@ def unbox(node: Any) -> Any:
 
 
 def entries(tree: Any) -> dict[Path, Entry]:
-    """The parameters of a tree by path."""
+    """The parameters of a tree by path, without the `value` of NNX Variables."""
     found: dict[Path, Entry] = {}
-    start = 0
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_parameter)[0]:
-        stop = start + len(jax.tree.leaves(node))
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        found[path] = Entry(unbox(node), slice(start, stop))
-        start = stop
+
+    def walk(tree: Any, above: Path, start: int, learns: bool) -> None:
+        for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_parameter)[0]:
+            stop = start + len(jax.tree.leaves(node))
+            path = (*above, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
+            content = unbox(node)
+            trains = learns and (is_variable(node, "Param") or not is_variable(node))
+            if is_variable(node) and not _is_one(content):
+                walk(content, path, start, trains)  # A Variable of several arrays.
+            else:
+                found[path] = Entry(content, slice(start, stop), trains)
+            start = stop
+
+    walk(tree, (), 0, True)
     return found
+
+
+def _is_one(content: Any) -> bool:
+    structure: Any = jax.tree.structure(content)
+    return is_parameter(content) or structure.num_nodes == structure.num_leaves == 1
 
 
 def path_name(path: Path) -> str:
@@ -126,7 +157,7 @@ def account(params: Any, loaded: Any, *, partial: bool, ignore: str | Sequence[s
         try:
             check_target(target.node)
             if (source := sources.get(path)) is not None:
-                conversion, read = plan_leaf(
+                conversion, read = plan(
                     target.node, source.node, is_scale=is_calibration(path, targets)
                 )
                 writes.append(Write(path_name(path), arrays, target.slots, conversion, read))
@@ -138,13 +169,14 @@ def account(params: Any, loaded: Any, *, partial: bool, ignore: str | Sequence[s
             missing.append(path)
         elif any(map(is_abstract, arrays)):
             valueless.append(path)
-    unexpected = [p for p in sources if p not in targets and not _ignored(p, patterns)]
+    unexpected = [p for p in sources if p not in targets and not ignored(p, patterns)]
     if missing or valueless or unexpected or refused:
         raise _mismatch(missing, valueless, unexpected, refused)
     return writes
 
 
-def _ignored(path: Path, patterns: Iterable[str]) -> bool:
+def ignored(path: Path, patterns: Iterable[str]) -> bool:
+    """Whether a path, or a subtree that it is in, is named by one of the patterns."""
     heads = [path_name(path[: end + 1]) for end in range(max(len(path), 1))]
     return any(fnmatch.fnmatchcase(head, pattern) for pattern in patterns for head in heads)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxfp8 import _cutlass, _weights
 from jaxfp8._accounting import Write
 from jaxfp8._convert import Carry, Conversion, Copy, Quantize
+from jaxfp8._lazy import put
 from jaxfp8._placement import Spec
 from jaxfp8.padded import Layout
 
@@ -28,7 +29,38 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool
 
 Arrays: TypeAlias = tuple[Any, ...]
+Wanted: TypeAlias = tuple[int, ...]  # which arrays of a parameter
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+class Method(Protocol):
+    """How parameters alike are measured and written; it is compiled in, so it can be hashed."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the loaded matrices are turned on their way."""
+
+    def measure(self, sources: Sequence[Arrays]) -> tuple[Carry, Bool[Array, "parameters flags"]]:
+        """What `write` needs to know of all sources, and for each the flags.
+
+        These are [weights finite, scales valid].
+        """
+
+    def write(
+        self, buffers: Sequence[Arrays], wanted: Wanted, carry: Carry, sources: Sequence[Arrays]
+    ) -> tuple[Arrays, ...]:
+        """The new content of each parameter's `buffers`, which are its arrays `wanted`."""
+
+
+def replace(buffers: Sequence[Arrays], wanted: Wanted, fresh: Sequence[Arrays]) -> Any:
+    """Whole buffers, written over with all arrays of each parameter."""
+    # Written into the buffer, not returned in its place: that keeps a weak type weak.
+    return tuple(
+        tuple(b.at[...].set(new[i]) for b, i in zip(own, wanted, strict=True))
+        for own, new in zip(buffers, fresh, strict=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +79,16 @@ class OneByOne:
         results = [self.conversion.measure(*arrays) for arrays in sources]
         return sum((carry for carry, _ in results), ()), jnp.stack([flags for _, flags in results])
 
-    def convert(self, carry: Carry, sources: Sequence[Arrays]) -> list[Arrays]:
-        """The arrays of each."""
+    def write(
+        self, buffers: Sequence[Arrays], wanted: Wanted, carry: Carry, sources: Sequence[Arrays]
+    ) -> tuple[Arrays, ...]:
+        """The arrays `wanted` of each."""
         size = len(carry) // len(sources)
-        return [
+        fresh = [
             self.conversion.convert(carry[i * size : (i + 1) * size], *arrays)
             for i, arrays in enumerate(sources)
         ]
+        return replace(buffers, wanted, fresh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +116,12 @@ class ByKernel:
         finite = jnp.all(jnp.isfinite(scale), axis=tuple(range(1, scale.ndim)))
         return (scale,), jnp.stack([finite, jnp.ones_like(finite)], axis=-1)
 
-    def convert(self, carry: Carry, sources: Sequence[Arrays]) -> list[Arrays]:
-        """The padded qvalue and scale of each."""
-        return _weights.pad_weight([w for (w,) in sources], *carry, layout=self.layout)
-
-
-Method: TypeAlias = OneByOne | ByKernel
+    def write(
+        self, buffers: Sequence[Arrays], wanted: Wanted, carry: Carry, sources: Sequence[Arrays]
+    ) -> tuple[Arrays, ...]:
+        """The arrays `wanted` of the padded qvalue and scale of each."""
+        fresh = _weights.pad_weight([w for (w,) in sources], *carry, layout=self.layout)
+        return replace(buffers, wanted, fresh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +139,7 @@ class Bundle:
     def measure(self) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """The carry, and for each parameter the flags [weights finite, scales valid]."""
         sources = tuple(tuple(map(_on_device, write.sources)) for write in self.writes)
-        return _measure(self.method, sources)
+        return measure(self.method, sources)
 
 
 def bundles(writes: Sequence[Write], *, unchecked: bool = False) -> Iterator[Bundle]:
@@ -125,7 +160,7 @@ def bundles(writes: Sequence[Write], *, unchecked: bool = False) -> Iterator[Bun
             yield Bundle(tuple(alike[start : start + _weights.MAX_WEIGHTS]), method)
 
 
-def _method(write: Write, *, unchecked: bool) -> Method:
+def _method(write: Write, *, unchecked: bool) -> OneByOne | ByKernel:
     conversion = write.conversion
     if not (isinstance(conversion, Quantize) and conversion.per_channel):
         return OneByOne(conversion)
@@ -142,18 +177,21 @@ def _method(write: Write, *, unchecked: bool) -> Method:
     return ByKernel(conversion.layout, unchecked)
 
 
-def _is_small(method: Method) -> bool:
+def _is_small(method: OneByOne | ByKernel) -> bool:
     # XLA's own programs for weights may want memory of the size of one.
     return isinstance(method, ByKernel) or isinstance(method.conversion, Copy)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measure(method: Method, sources: Any) -> Any:
+def measure(
+    method: Method, sources: Sequence[Arrays]
+) -> tuple[Carry, Bool[Array, "parameters flags"]]:
+    """`method.measure`, compiled."""
     return method.measure(sources)
 
 
 def _on_device(source: Any) -> jax.Array:
-    return source if isinstance(source, jax.Array) else jax.device_put(source)
+    return source if isinstance(source, jax.Array) else put(source)
 
 
 def _cuda_device(arrays: Sequence[Any]) -> jax.Device | None:
@@ -175,6 +213,6 @@ def _device(array: Any) -> jax.Device | None:
 
 def _source_device(source: Any) -> jax.Device | None:
     """Where an array is measured: one of the host on the device that `device_put` takes it to."""
-    if isinstance(source, np.ndarray | np.generic):
-        return _device(jax.device_put(np.zeros((), np.float32)))
-    return _device(source)
+    if isinstance(source, jax.Array):
+        return _device(source)
+    return _device(jax.device_put(np.zeros((), np.float32)))

@@ -102,12 +102,7 @@ def _compile(
     sources: tuple[Spec, ...],
 ) -> Program:
     def write(buffers: Any, carry: Carry, sources: Any) -> tuple[Arrays, ...]:
-        fresh = method.convert(carry, sources)
-        # Written into the buffer, not returned in its place: that keeps a weak type weak.
-        return tuple(
-            tuple(b.at[...].set(new[i]) for b, i in zip(own, wanted, strict=True))
-            for own, new in zip(buffers, fresh, strict=True)
-        )
+        return method.write(buffers, wanted, carry, sources)
 
     def abstract(specs: tuple[Spec, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(spec.abstract() for spec in specs)

@@ -1,4 +1,4 @@
-"""What a layer finds in its parameter tree, refused by path where it is not the layer's own."""
+"""What a layer is given: its arguments, and what it finds in its parameters, by path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,100 @@ import jax
 import jax.numpy as jnp
 
 from jaxfp8.padded import PaddedKernel, check_kernel
+from jaxfp8.quantize import is_fp8
+
+
+_ONE_OPERATION = (
+    "quantization, product, scales, bias and activation are one operation here, which a "
+    "`dot_general` would take apart"
+)
+_RESULT = "the product is always e4m3 by e4m3 with float32 accumulation; `dtype` sets the dtype of "
+REFUSED = {
+    "promote_dtype": _RESULT + "the result",
+    "preferred_element_type": _RESULT + "the result",
+    "dot_general": _ONE_OPERATION,
+    "dot_general_cls": _ONE_OPERATION,
+    "out_sharding": "it shards the result of a `dot_general`, and the operation here has none. Put "
+    "`jax.lax.with_sharding_constraint` around the result",
+}
+
+
+def check_options(
+    layers: tuple[str, str],
+    given: dict[str, Any],
+    *,
+    features: dict[str, int],
+    param_dtype: Any,
+    dtype: Any,
+) -> None:
+    """Refuse arguments that a layer cannot honour.
+
+    Args:
+        layers: the name of the layer, and of Flax's whose arguments it takes.
+        given: those of Flax's that are refused (keys of `REFUSED`) where they are not None.
+        features: the sizes by their names.
+        param_dtype: float8_e4m3fn or a float of 16 bits or more.
+        dtype: None or a float of 16 bits or more.
+
+    Raises:
+        TypeError: for an argument refused, and for dtypes.
+        ValueError: for a size below 1.
+    """
+    ours, stock = layers
+    for name, value in given.items():
+        if value is not None:
+            raise TypeError(
+                f"`{name}` of {stock} cannot be given to {ours}: {REFUSED[name]}. Leave it "
+                f"out, or use {stock} for this layer."
+            )
+    for name, size in features.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but it is {size}.")
+    if not is_fp8(param_dtype) and not is_wide_float(param_dtype):
+        raise TypeError(
+            "`param_dtype` must be float8_e4m3fn (to serve) or a float of 16 bits or more (to "
+            f"train), but it is {_dtype_name(param_dtype)}. Other 8-bit formats are not "
+            "supported for weights."
+        )
+    if dtype is not None and not is_wide_float(dtype):
+        raise TypeError(
+            "`dtype` must be None (the input's) or a float of 16 bits or more, but it is "
+            f"{_dtype_name(dtype)}. It is the dtype of the result; the product is in FP8 anyway."
+        )
+
+
+def check_quantized(layer: Any, quantized: bool, out_scale: Any, *, scale: str) -> None:
+    """Refuse a quantized input or result that does not go with the layer's own options.
+
+    Args:
+        layer: a PaddedFP8Dense or a PaddedFP8Linear.
+        quantized: whether its input is.
+        out_scale: the scale by which the result is to be quantized, or None.
+        scale: how the layer's static scale is got at, for a message.
+
+    Raises:
+        TypeError: if the layer's `param_dtype` is a float.
+        ValueError: if `static_x_scale` or `dtype` does not go with it.
+    """
+    if not is_fp8(layer.param_dtype):
+        what = "a quantized `inputs`" if quantized else "`out_scale`"
+        raise TypeError(
+            f"{type(layer).__name__} takes {what} only to serve, but its `param_dtype` is "
+            f"{jnp.dtype(layer.param_dtype)}: to train, float values go from layer to layer, "
+            "and each quantizes its own input. Leave it out, or give the layer "
+            "`param_dtype=jnp.float8_e4m3fn`."
+        )
+    if quantized and layer.static_x_scale:
+        raise ValueError(
+            "`static_x_scale` must be False for an `inputs` that is quantized, which has its "
+            "own scale. Give the layer the float, or quantize it by the layer's scale, "
+            f"`quantize_input(x, x_scale={scale})`, and leave `static_x_scale` out."
+        )
+    if out_scale is not None and layer.dtype is not None:
+        raise ValueError(
+            f"`dtype` must be None with an `out_scale`, because the result is float8_e4m3fn, "
+            f"but it is {jnp.dtype(layer.dtype)}."
+        )
 
 
 def check_padded(kernel: Any, path: str, sizes: tuple[int, int], *, per_channel: bool) -> None:
@@ -95,7 +189,9 @@ def check_dense(value: Any, path: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_not_deleted(value: Any, path: str) -> None:
+def check_not_deleted(
+    value: Any, path: str, remedy: str = "Use the tree that came back from there."
+) -> None:
     """Refuse a parameter whose buffers were donated.
 
     Raises:
@@ -104,7 +200,7 @@ def check_not_deleted(value: Any, path: str) -> None:
     if any(map(_is_deleted, jax.tree.leaves(value))):
         raise RuntimeError(
             f"Parameter `{path}` has been deleted: the tree was donated, to `reload_params` "
-            "perhaps. Use the tree that came back from there."
+            f"perhaps. {remedy}"
         )
 
 
@@ -124,3 +220,7 @@ def _describe(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"an array of dtype {value.dtype} and shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def _dtype_name(dtype: Any) -> str:
+    return "None" if dtype is None else str(jnp.dtype(dtype))

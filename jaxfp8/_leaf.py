@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfp8._convert import Conversion, Copy, Pad, Quantize
+from jaxfp8._lazy import LazyArray
 from jaxfp8.padded import (
     DenseWeight,
     FP8Weight,
@@ -100,7 +101,7 @@ def _array(leaf: Any, what: str) -> Any:
             f"{what} is abstract (a ShapeDtypeStruct) and holds no values. Only `params` may be "
             "abstract; to find the shape of a result, use `jax.eval_shape` on `update_params`."
         )
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | LazyArray):
         raise TypeError(
             f"{what} is a {type(leaf).__name__}, not an array. Convert it to a numpy or a JAX "
             "array first."

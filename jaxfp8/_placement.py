@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxfp8._lazy import put
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -57,7 +59,7 @@ def bring(array: Any, sharding: Sharding) -> jax.Array:
     """`device_put`, which takes ten times as long to find that nothing is to be done."""
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
-    return jax.device_put(array, sharding)
+    return put(array, sharding)
 
 
 def place_like(fresh: Any, target: Any) -> Any:

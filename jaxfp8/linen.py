@@ -15,8 +15,9 @@ from jaxfp8._layer_checks import (
     check_dense,
     check_float32,
     check_not_deleted,
+    check_options,
     check_padded,
-    is_wide_float,
+    check_quantized,
 )
 from jaxfp8.inputs import QuantizedInput, as_quantized_input
 from jaxfp8.matmul import fp8_dense, fp8_dense_float
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
 
 
 Initializer = Callable[..., Any]
-
-REFUSED = {
-    "promote_dtype": "the product is always e4m3 by e4m3 with float32 accumulation; `dtype` sets "
-    "the dtype of the result",
-    "dot_general": "quantization, product, scales, bias and activation are one operation here, "
-    "which a `dot_general` would take apart",
-    "dot_general_cls": "quantization, product, scales, bias and activation are one operation "
-    "here, which a `dot_general` would take apart",
-}
 
 
 class PaddedFP8Dense(nn.Module):
@@ -93,26 +85,17 @@ class PaddedFP8Dense(nn.Module):
     dot_general_cls: Any = None
 
     def __post_init__(self) -> None:
-        for name, reason in REFUSED.items():
-            if getattr(self, name) is not None:
-                raise TypeError(
-                    f"`{name}` of nn.Dense cannot be given to PaddedFP8Dense: {reason}. Leave it "
-                    "out, or use nn.Dense for this layer."
-                )
-        if self.features < 1:
-            raise ValueError(f"`features` must be at least 1, but it is {self.features}.")
-        if not is_fp8(self.param_dtype) and not is_wide_float(self.param_dtype):
-            raise TypeError(
-                "`param_dtype` must be float8_e4m3fn (to serve) or a float of 16 bits or more (to "
-                f"train), but it is {_dtype_name(self.param_dtype)}. Other 8-bit formats are not "
-                "supported for weights."
-            )
-        if self.dtype is not None and not is_wide_float(self.dtype):
-            raise TypeError(
-                "`dtype` must be None (the input's) or a float of 16 bits or more, but it is "
-                f"{_dtype_name(self.dtype)}. It is the dtype of the result; the product is in "
-                "FP8 anyway."
-            )
+        check_options(
+            ("PaddedFP8Dense", "nn.Dense"),
+            {
+                "promote_dtype": self.promote_dtype,
+                "dot_general": self.dot_general,
+                "dot_general_cls": self.dot_general_cls,
+            },
+            features={"features": self.features},
+            param_dtype=self.param_dtype,
+            dtype=self.dtype,
+        )
         super().__post_init__()
 
     @nn.compact
@@ -143,7 +126,7 @@ class PaddedFP8Dense(nn.Module):
         dtype = None if self.dtype is None else jax.dtypes.canonicalize_dtype(self.dtype)
         quantized = isinstance(inputs, QuantizedInput | tuple)
         if quantized or out_scale is not None:
-            self._check_quantized(quantized, out_scale)
+            check_quantized(self, quantized, out_scale, scale='params["x_scale"]')
         if quantized:
             x: Any = as_quantized_input(inputs, "inputs")
             kernel, bias, _ = self._padded_params(x.features)
@@ -161,28 +144,6 @@ class PaddedFP8Dense(nn.Module):
             return fp8_dense_float(x, kernel, bias, **options)
         kernel, bias, x_scale = self._padded_params(x.shape[-1])
         return fp8_dense(x, kernel, bias, x_scale=x_scale, out_scale=out_scale, **options)
-
-    def _check_quantized(self, quantized: bool, out_scale: Any) -> None:
-        """Refuse a quantized input or result that does not go with the layer's own options."""
-        if not is_fp8(self.param_dtype):
-            what = "a quantized `inputs`" if quantized else "`out_scale`"
-            raise TypeError(
-                f"PaddedFP8Dense takes {what} only to serve, but its `param_dtype` is "
-                f"{jnp.dtype(self.param_dtype)}: to train, float values go from layer to layer, "
-                "and each quantizes its own input. Leave it out, or give the layer "
-                "`param_dtype=jnp.float8_e4m3fn`."
-            )
-        if quantized and self.static_x_scale:
-            raise ValueError(
-                "`static_x_scale` must be False for an `inputs` that is quantized, which has its "
-                "own scale. Give the layer the float, or quantize it by the layer's scale, "
-                '`quantize_input(x, x_scale=params["x_scale"])`, and leave `static_x_scale` out.'
-            )
-        if out_scale is not None and self.dtype is not None:
-            raise ValueError(
-                f"`dtype` must be None with an `out_scale`, because the result is float8_e4m3fn, "
-                f"but it is {jnp.dtype(self.dtype)}."
-            )
 
     def _padded_params(self, in_features: int) -> tuple[PaddedKernel, Any, Any]:
         sizes = (in_features, self.features)
@@ -254,7 +215,3 @@ def _box(kernel: PaddedKernel, box: meta.AxisMetadata[Any]) -> PaddedKernel:
 def _bare(box: meta.AxisMetadata[Any]) -> Any:
     """The content of a box, without the sharding constraint that `unbox` may add."""
     return box.value if isinstance(box, meta.Partitioned) else box.unbox()
-
-
-def _dtype_name(dtype: Any) -> str:
-    return "None" if dtype is None else str(jnp.dtype(dtype))

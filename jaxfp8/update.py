@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata, Partitioned
 
 from jaxfp8._accounting import (
@@ -19,25 +18,27 @@ from jaxfp8._accounting import (
     account,
     entries,
     is_calibration,
+    is_variable,
     one_level,
     unbox,
 )
 from jaxfp8._bundles import Bundle, OneByOne, bundles
 from jaxfp8._convert import Carry, convert
 from jaxfp8._donate import Step, addresses, check_donatable, steps
+from jaxfp8._lazy import LazyArray, put
 from jaxfp8._leaf import FLOATS
 from jaxfp8._placement import no_mesh, place_like
 from jaxfp8.padded import PaddedKernel
 
 
 class ReloadError(RuntimeError):
-    """A device error in the middle of a reload, after all checks had passed.
+    """A reload that stopped half way: a device error after the checks, or a stream left early.
 
     Attributes:
         params: the tree as it is now: new leaves where they were written, else the old ones.
         updated: the paths already new.
         failed: the paths whose write failed; their buffers may be lost. One, or on a GPU up to 32
-            of one shape, which are written by one program.
+            of one shape, which are written by one program; none where a stream was left.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ def update_params(
     `loaded_leaf.astype(leaf.dtype)`. Applying it twice gives the same bits as once.
 
     Args:
-        params: the served tree: any nesting of dicts, FrozenDicts, tuples and lists, with
-            PaddedKernels and plain arrays, boxed (`nn.Partitioned`) or not. Its leaves may be
-            abstract, from `jax.eval_shape` of `init`.
-        loaded: a tree of the same paths; boxes do not matter. Where `params` has a PaddedKernel
-            of `[*stack, N, K]`: a float array `[*stack, K, N]`, a DenseWeight, an FP8Weight
-            (either layout), or a PaddedKernel of the same sizes. Elsewhere: an array of the same
-            shape, cast between floats and else of the same dtype. JAX or numpy arrays.
+        params: the served tree: an nnx.State, or any nesting of dicts, FrozenDicts, tuples and
+            lists, with PaddedKernels and plain arrays, boxed (`nn.Partitioned`) or not. Its leaves
+            may be abstract, from `jax.eval_shape` of `init`.
+        loaded: a tree of the same paths; boxes and Variables do not matter. Where `params` has
+            a PaddedKernel of `[*stack, N, K]`: a float array `[*stack, K, N]`, a DenseWeight, an
+            FP8Weight (either layout), or a PaddedKernel of the same sizes. Elsewhere: an array of
+            the same shape, cast between floats and else of the same dtype. JAX or numpy arrays,
+            or those of `jaxfp8.checkpoint.load_safetensors`, which are read one at a time.
         partial: allow paths that `loaded` lacks; their present values are kept.
         ignore: patterns (`fnmatch`) of paths in `loaded` that `params` lacks, to be left out. A
             pattern may name a subtree: `"value_head"`, `"opt_*"`. One that hits nothing is fine.
@@ -90,9 +92,10 @@ def update_params(
     _check_values(flags, allow_nonfinite=False)
     leaves, treedef = jax.tree.flatten(params)
     for write, carry in zip(writes, carries, strict=True):
-        fresh = convert(write.conversion, carry, *write.sources)
+        sources = (put(s) if isinstance(s, LazyArray) else s for s in write.sources)
+        fresh = convert(write.conversion, carry, *sources)
         leaves[write.slots] = map(place_like, fresh, write.targets)
-    _release_host_arrays(writes, leaves)
+        _release_host_arrays([write], leaves[write.slots])
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -152,10 +155,10 @@ def reload_params(
     for done, step in enumerate(todo):
         try:
             step.run(leaves, shared)
+            _release_host_arrays(step.bundle.writes, [leaves[i] for i in sum(step.slots, ())])
         except Exception as error:
             tree = jax.tree.unflatten(treedef, leaves)
             raise _reload_error(todo, done, tree, error) from error
-    _release_host_arrays(writes, leaves)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -163,7 +166,8 @@ def dequantize_params(params: Any) -> Any:
     """The float tree of a served one: what its trainer has, to the precision of FP8.
 
     Equivalent JAX: `kernel.dequantize()`, float32 `[*stack, K, N]`, for each PaddedKernel. A
-    kernel boxed in `nn.Partitioned` gets the box of its qvalue with the last two names swapped.
+    kernel boxed in `nn.Partitioned` gets the box of its qvalue with the last two names swapped; an
+    FP8Param of NNX becomes an nnx.Param, its names swapped too.
     Other leaves are handed on as they are, except a static activation scale (`x_scale` beside a
     kernel), which `nn.Dense` does not have and which is left out.
 
@@ -172,9 +176,11 @@ def dequantize_params(params: Any) -> Any:
     """
     if isinstance(params, PaddedKernel):
         return _dequantize(params)
+    if is_variable(params) and hasattr(type(params), "to_param"):  # jaxfp8.nnx.FP8Param
+        return params.to_param()
     if _has_calibration(params):
         rest = {key: value for key, value in params.items() if key != "x_scale"}
-        params = FrozenDict(rest) if isinstance(params, FrozenDict) else rest
+        params = rest if isinstance(params, dict) else type(params)(rest)  # FrozenDict, nnx.State
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
         return params
     children, treedef = one_level(params)
@@ -185,14 +191,15 @@ def trainable_mask(params: Any) -> Any:
     """True for each leaf that a gradient step may change, for `optax.masked`.
 
     False for the leaves of a PaddedKernel, for a static activation scale (`x_scale` beside a
-    kernel) and for what is not a real float of 16 bits or more. The tree has the structure of
-    `params`, boxes and PaddedKernels included.
+    kernel), for NNX Variables that are no nnx.Param, and for what is not a real float of 16 bits or
+    more. The tree has the structure of `params`, boxes and PaddedKernels included.
     """
     leaves, treedef = jax.tree.flatten(params)
     mask = [False] * len(leaves)
     tree = entries(params)
     for path, entry in tree.items():
-        if not (isinstance(entry.node, PaddedKernel) or is_calibration(path, tree)):
+        padded = isinstance(entry.node, PaddedKernel)
+        if entry.learns and not (padded or is_calibration(path, tree)):
             mask[entry.slots] = [_is_trainable(leaf) for leaf in leaves[entry.slots]]
     return jax.tree.unflatten(treedef, mask)
 
@@ -202,12 +209,17 @@ Flags = list[tuple[tuple[str, ...], Any]]
 
 
 def _measure(alike: Sequence[Bundle]) -> tuple[list[Carry], Flags]:
-    results = [bundle.measure() for bundle in alike]
-    flags = [(bundle.names, flag) for bundle, (_, flag) in zip(alike, results, strict=True)]
-    return [carry for carry, _ in results], flags
+    carries, flags = [], []
+    for bundle in alike:
+        carry, flag = bundle.measure()
+        carries.append(carry)
+        flags.append((bundle.names, flag))
+        _release_host_arrays(bundle.writes, flag)
+    return carries, flags
 
 
-def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
+def value_problems(flags: Flags, *, allow_nonfinite: bool) -> list[str]:
+    """A line for each parameter whose measured values cannot be served; one synchronisation."""
     concrete = [(names, flag) for names, flag in flags if not isinstance(flag, jax.core.Tracer)]
     values = jax.device_get([flag for _, flag in concrete])
     verdicts = [
@@ -221,7 +233,11 @@ def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
             problems.append(f"  {name}: a weight is NaN or infinite (in the parameter's dtype).")
         if not scales_valid:
             problems.append(f"  {name}: a scale is not positive, finite and at least 2^-126.")
-    if problems:
+    return problems
+
+
+def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
+    if problems := value_problems(flags, allow_nonfinite=allow_nonfinite):
         raise ValueError(
             "`loaded` holds values that cannot be served, and nothing has been changed. Look for "
             "a diverged training step or a damaged checkpoint (`reload_params` takes NaN and "
@@ -229,11 +245,11 @@ def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
         )
 
 
-def _release_host_arrays(writes: Sequence[Write], leaves: list[Any]) -> None:
-    # On CPU a numpy array is read where it lies, while the program runs.
-    for write in writes:
-        if not all(isinstance(source, jax.Array) for source in write.sources):
-            jax.block_until_ready(leaves[write.slots])
+def _release_host_arrays(writes: Sequence[Write], made: Any) -> None:
+    # On CPU a numpy array is read where it lies, while the program runs; and were the next ones
+    # sent meanwhile, all of a checkpoint would be on its way, and in memory, at once.
+    if not all(isinstance(source, jax.Array) for write in writes for source in write.sources):
+        jax.block_until_ready(made)
 
 
 def _reload_error(todo: list[Step], done: int, params: Any, error: Exception) -> ReloadError:

@@ -19,7 +19,16 @@ import jaxfp8
 
 ROOT = Path(__file__).resolve().parent.parent
 # What only the extras bring. `import jaxfp8` must not need it.
-OPTIONAL = ["flatbuffers", "hypothesis", "jaxtyping", "matplotlib", "optax", "rich", "sklearn"]
+OPTIONAL = [
+    "flatbuffers",
+    "hypothesis",
+    "jaxtyping",
+    "matplotlib",
+    "optax",
+    "rich",
+    "safetensors",
+    "sklearn",
+]
 
 
 def project(directory: str) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""An array that is put together only when it is read.
+
+A fused or stacked weight lies in a checkpoint in pieces. Joined when the files are opened, all of
+them would be on the host at once; joined when they are written, one is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+
+# Of buffers in XLA on a CPU (tsl/framework/allocator.h, Allocator::kAllocatorAlignment).
+ALIGNMENT = 64
+PATIENCE = 2.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+    """Arrays joined along their first axis, and those stacked along new axes, when they are read.
+
+    Equivalent numpy: `np.stack([np.concatenate(parts) for parts in pieces])`, reshaped to
+    `[*stack, N, *rest]`. `np.asarray` makes it, every time anew; nothing is kept.
+
+    Attributes:
+        pieces: for each element of the stack, in row-major order, the arrays that are joined:
+            `[N_i, *rest]`, all of one dtype and `rest`, the N_i adding up to the same N.
+        stack: the leading axes; `()` for a single element.
+    """
+
+    pieces: tuple[tuple[Shaped[np.ndarray, "N_i *rest"], ...], ...]
+    stack: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        parts = self.pieces[0]
+        return (*self.stack, sum(len(part) for part in parts), *parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of every piece."""
+        return self.pieces[0][0].dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole, once it is made."""
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(
+                "`copy` must not be False: this array is put together from several pieces of a "
+                "file, which is a copy. Leave `copy` out."
+            )
+        whole = _aligned(self.shape, self.dtype)
+        elements = whole.reshape(len(self.pieces), *self.shape[len(self.stack) :])
+        for element, parts in zip(elements, self.pieces, strict=True):
+            np.concatenate(parts, out=element)
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+def put(array: Any, sharding: Sharding | None = None) -> jax.Array:
+    """`jax.device_put`, by which a stack on one device is filled element by element.
+
+    The host then holds one element of a stack, never the whole. Over several devices it holds one
+    whole array.
+    """
+    if not isinstance(array, LazyArray):
+        return jax.device_put(array, sharding)
+    # Where a function is traced, files are constants.
+    with jax.ensure_compile_time_eval():
+        if not array.stack or not isinstance(sharding, SingleDeviceSharding | None):
+            return jax.device_put(_read(array), sharding)
+        elements = (len(array.pieces), *array.shape[len(array.stack) :])
+        whole = jnp.zeros(elements, array.dtype, device=sharding)
+        for place, parts in enumerate(array.pieces):
+            element = jax.device_put(_read(LazyArray((parts,))), sharding)
+            whole = jax.block_until_ready(_set(whole, np.int32(place), element))
+            del element
+        return whole.reshape(array.shape)
+
+
+# The memory of the array that was read last.
+_last: weakref.ref[np.ndarray] | None = None
+
+
+def _read(array: LazyArray) -> np.ndarray:
+    """An array on the host, where the one before is no more.
+
+    XLA frees a numpy array when it is called for the next time, not when it has read it, and
+    sometimes only at a later call: up to a tenth of a second later, seen at 180 MB (jax 0.10.2 on
+    a busy CPU). So it is called until it has, but not for ever: somebody may hold the array.
+    """
+    global _last
+    end = time.monotonic() + PATIENCE
+    while _last is not None and _last() is not None and time.monotonic() < end:
+        jax.block_until_ready(_nothing())
+        time.sleep(0.0005)
+    whole = np.asarray(array)
+    assert isinstance(whole.base, np.ndarray)
+    _last = weakref.ref(whole.base)
+    return whole
+
+
+@jax.jit
+def _nothing() -> jax.Array:
+    return jnp.zeros(())
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(whole: jax.Array, place: Any, element: jax.Array) -> jax.Array:
+    return whole.at[place].set(element)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` that XLA on a CPU reads where it is; what begins elsewhere it copies first."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
