@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, gemm, inputs, layer, reload, stack, tune
+from benchmarks import accuracy, checkpoint, gemm, inputs, layer, reload, stack, tune
 
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "inputs": inputs,
     "reload": reload,
     "accuracy": accuracy,
+    "checkpoint": checkpoint,
     "tune": tune,
 }
 # The others measure no time.

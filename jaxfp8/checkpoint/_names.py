@@ -1,0 +1,137 @@
+"""From names of tensors to paths of parameters.
+
+A path is `"layers/mlp/up/kernel"`; `"layers/mlp/up/kernel[3]"` is element 3 of a stack, as
+`nn.scan` makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+
+Paths: TypeAlias = str | Sequence[str] | None
+# Names to paths: a function (None: it does not know the name; (): to no path), or pairs of a
+# pattern for the whole name and what it becomes (None: to no path).
+Names: TypeAlias = Callable[[str], Paths] | Iterable[tuple[str, Paths]]
+
+_PATH = re.compile(r"(?P<path>[^\[\]]+?)(?P<index>(\[\d+\])*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a tensor goes.
+
+    Attributes:
+        path: the keys of the tree.
+        index: which element of the stack it is; `()` for the whole parameter.
+    """
+
+    path: tuple[str, ...]
+    index: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return "/".join(self.path) + "".join(f"[{i}]" for i in self.index)
+
+    def sibling(self, name: str) -> Target:
+        """Another parameter of the same layer."""
+        return Target((*self.path[:-1], name), self.index)
+
+
+def parse_target(text: str) -> Target:
+    """`"layers/up/kernel[3]"` as a Target.
+
+    Raises:
+        ValueError: if it is no such path.
+    """
+    match = _PATH.fullmatch(text)
+    keys = tuple(match["path"].split("/")) if match else ()
+    if match is None or not all(keys):
+        raise ValueError(
+            f"`names` gives the path {text!r}, but a path is keys joined by '/', with the element "
+            "of a stack behind it in brackets: 'layers/mlp/up/kernel[3]'."
+        )
+    return Target(keys, tuple(map(int, re.findall(r"\d+", match["index"]))))
+
+
+def default_path(name: str) -> str:
+    """`"mlp.up.weight"` to `"mlp/up/kernel"`, and any other name with its dots as slashes."""
+    *module, last = name.split(".")
+    return "/".join((*module, "kernel" if last == "weight" else last))
+
+
+def drop_ignored(names: Iterable[str], ignore: str | Sequence[str]) -> list[str]:
+    """The names that none of the patterns (`fnmatch`) of `ignore` matches."""
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def map_names(
+    tensors: Iterable[str], names: Names | None, *, source: object
+) -> dict[str, list[Target]]:
+    """Where each tensor goes: to no path if it is dropped, to several if they share it.
+
+    Raises:
+        ValueError: if a name is not mapped (all are listed), or two tensors go to one path.
+        TypeError: if `names` is not a function or pairs.
+    """
+    lookup = as_function(default_path if names is None else names)
+    found = {name: lookup(name) for name in tensors}
+    if unmatched := [name for name, paths in found.items() if paths is None]:
+        raise ValueError(
+            f"`names` has no path for {len(unmatched)} tensors of {source}: "
+            f"{', '.join(unmatched)}. Add pairs for them, (pattern, None) to leave them out, or "
+            "name them in `ignore`."
+        )
+    result = {name: [*map(parse_target, paths or ())] for name, paths in found.items()}
+    _check_distinct(result, source)
+    return result
+
+
+def as_function(names: Names) -> Callable[[str], Sequence[str] | None]:
+    """`names` as a function to a list of results; None for what it does not know.
+
+    Raises:
+        TypeError: if it is not a function or pairs.
+    """
+    if not callable(names):
+        return _pairs(names)
+
+    def lookup(name: str) -> Sequence[str] | None:
+        found = names(name)
+        return [found] if isinstance(found, str) else found
+
+    return lookup
+
+
+def _pairs(pairs: Iterable[tuple[str, Paths]]) -> Callable[[str], Sequence[str] | None]:
+    try:
+        compiled = [(re.compile(pattern), paths) for pattern, paths in pairs]
+    except (TypeError, ValueError, re.error) as error:
+        raise TypeError(
+            "`names` must be a function from names to paths, or pairs of a regular expression for "
+            f"the whole name and the path it becomes, but it holds something else: {error}."
+        ) from error
+
+    def lookup(name: str) -> Sequence[str] | None:
+        for pattern, paths in compiled:
+            if match := pattern.fullmatch(name):
+                paths = () if paths is None else [paths] if isinstance(paths, str) else paths
+                return [match.expand(path) for path in paths]
+        return None
+
+    return lookup
+
+
+def _check_distinct(targets: dict[str, list[Target]], source: object) -> None:
+    owners: dict[Target, str] = {}
+    for name, found in targets.items():
+        for target in found:
+            if (first := owners.setdefault(target, name)) != name:
+                raise ValueError(
+                    f"`names` gives tensors {first!r} and {name!r} of {source} the same path, "
+                    f"{target}. Give each its own, an element of a stack as {target}[0]."
+                )
