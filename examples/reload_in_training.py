@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from watch import addresses, compilations, moved, path_used
 
-from jaxfp8.doctor import doctor
 from jaxfp8.linen import PaddedFP8Dense
 from jaxfp8.update import reload_params
 
@@ -118,7 +116,7 @@ def run(seed: int = 0, epochs: int = EPOCHS) -> Iterator[Row]:
             float(np.linalg.norm(fp8_logits - logits) / np.linalg.norm(logits)),
             reload_ms,
             recompiles,
-            sum(a != b for a, b in zip(addresses(served), first_addresses, strict=True)),
+            moved(served, first_addresses),
             path,
         )
 
@@ -161,33 +159,6 @@ def make_train_epoch(model: nn.Module, optimizer: optax.GradientTransformation) 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(-1) == labels).mean())
-
-
-def addresses(tree: Any) -> list[int]:
-    """Where each leaf lies in memory."""
-    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
-
-
-@functools.cache
-def path_used() -> str:
-    """Which implementation the served layers take here, and on what."""
-    return f"{doctor().implementation} on {jax.devices()[0].device_kind}"
-
-
-_compilations: list[str] = []
-
-
-def _count(event: str, duration: float, **details: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
-
-def compilations() -> int:
-    """How many programs this process has compiled so far."""
-    return len(_compilations)
 
 
 def problems(rows: list[Row]) -> list[str]:

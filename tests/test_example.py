@@ -1,23 +1,15 @@
 """The main job over five seeds: fresh weights after every reload, and nothing compiled or moved."""
 
 import functools
-import importlib.util
-import pathlib
-import sys
 
 import jax
 import matplotlib.image
 import numpy as np
 import pytest
+import reload_in_training as example
 
 from jaxfp8.update import update_params
 
-
-FILE = pathlib.Path(__file__).parents[1] / "examples" / "reload_in_training.py"
-SPEC = importlib.util.spec_from_file_location("reload_in_training", FILE)
-example = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = example  # where dataclasses look for the names in annotations
-SPEC.loader.exec_module(example)
 
 LIMIT = 0.045
 SEEDS = pytest.mark.parametrize("seed", range(5))
