@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import _report, _trace, shapes
+from benchmarks import _reload_host, _report, _trace, shapes
 from benchmarks._timing import wall_contestant
 from jaxfp8._cutlass import problem
 from jaxfp8.padded import DenseWeight, PaddedKernel, padded_size
@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="8b needs 40 GB on the device (default: 8b on a GPU, small elsewhere)",
     )
     parser.add_argument("--no-trace", action="store_true", help="wall time alone")
+    parser.add_argument(
+        "--host", action="store_true", help="weights on the host instead (of 4 layers, 1.7 GB)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
         print(_report.NO_GPU)
     elif problem() is not None:
         print(f"The reload is XLA's on any GPU, so it is measured; but {problem()}")
+    if options.host:
+        return run_host(options, on_gpu, scale)
     sizes = shapes.llama_sizes(**({} if scale == "8b" else SMALL))
     copy_bandwidth = measure_copy(COPIED_BYTES[scale])
     rows = []
@@ -72,6 +77,33 @@ def run(options: argparse.Namespace) -> int:
     _print(content)
     _report.write_json(options.out, "reload", content)
     return int(any(row["wrong"] or row["recompiles"] or row["moved_buffers"] for row in rows))
+
+
+def run_host(options: argparse.Namespace, on_gpu: bool, scale: str) -> int:
+    """The same from host memory, which has no peer but the transfer itself."""
+    sizes = shapes.llama_sizes(**({"layers": 4} if scale == "8b" else SMALL))
+    sizes = {name: size for name, size in sizes.items() if name.startswith("layer_")}
+    rows, wrong = [], []
+    for layout in _report.Progress(len(LAYOUTS)).steps(LAYOUTS):
+        loaded = trainer_tree(sizes, layout)
+        served, row = _reload_host.measure(served_tree(sizes), loaded, options.rounds)
+        wrong += wrong_weights(served, loaded, sizes)
+        rows.append(row)
+    columns = ["layout", "device_put alone\nGB/s", "reload_params", "reload_stream"]
+    lines = [
+        [row["layout"], *(f"{rate:.1f}" for rate in row["gigabytes_a_second"].values())]
+        for row in rows
+    ]
+    _report.print_table(f"{rows[0]['bytes'] / 1e9:.2f} GB of weights on the host", columns, lines)
+    content = {
+        "benchmark": "reload-host",
+        "is_gpu_number": on_gpu and scale == "8b",
+        "environment": _report.environment(jax.devices()[0].device_kind),
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    _report.write_json(options.out, "reload-host", content)
+    return int(bool(wrong))
 
 
 def measure_copy(size: int) -> float:

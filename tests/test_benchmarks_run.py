@@ -60,6 +60,15 @@ def test_inputs_end_to_end(tmp_path, capsys, on_cpu):
     assert "once for all" in capsys.readouterr().out
 
 
+def test_a_reload_from_the_host_end_to_end(tmp_path, capsys, on_cpu):
+    assert main(["reload", "--host", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path, "reload-host")["rows"]
+    assert [row["layout"] for row in rows] == ["in_out", "out_in"]
+    for row in rows:
+        assert set(row["gigabytes_a_second"]) == {"device_put", "reload_params", "reload_stream"}
+        assert min(row["gigabytes_a_second"].values()) > 0
+
+
 def test_gemm_end_to_end(tmp_path, capsys, on_cpu):
     assert main(["gemm", "--shapes", "5x48x32", "--rounds", "3", "--out", str(tmp_path)]) == 0
     assert "They are no GPU numbers" in capsys.readouterr().out
