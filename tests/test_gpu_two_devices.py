@@ -88,7 +88,8 @@ def test_a_reload_stays_on_the_second_device():
 
 def test_a_mesh_of_two_under_shard_map():
     """Each device multiplies its own rows."""
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cuda")[:2])
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices("cuda")[:2], axis_types=auto)
     spec = jax.sharding.PartitionSpec
     x, w, bias = inputs(*SIZES[1])
     kernel = PaddedKernel.from_dense(w)
