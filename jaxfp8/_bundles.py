@@ -7,8 +7,10 @@ three times what the device needs to write them, and each kernel some 4 us betwe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -138,8 +140,14 @@ class Bundle:
 
     def measure(self) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """The carry, and for each parameter the flags [weights finite, scales valid]."""
+        if isinstance(self.method, ByKernel) and self.method.unchecked:
+            return measure(self.method, ((),) * len(self.writes))  # which sends nothing
         sources = tuple(tuple(map(_on_device, write.sources)) for write in self.writes)
-        return measure(self.method, sources)
+        # A `jit` of uncommitted arrays runs on the default device, wherever they lie.
+        devices = {_device(array) for arrays in sources for array in arrays}
+        where = devices.pop() if len(devices) == 1 else None
+        with contextlib.nullcontext() if where is None else jax.default_device(where):
+            return measure(self.method, sources)
 
 
 def bundles(writes: Sequence[Write], *, unchecked: bool = False) -> Iterator[Bundle]:
@@ -171,6 +179,7 @@ def _method(write: Write, *, unchecked: bool) -> OneByOne | ByKernel:
         or _source_device(source) != device
         or jax.dtypes.canonicalize_dtype(source.dtype) not in KERNEL_DTYPES
         or 0 in source.shape
+        or math.prod(source.shape[:-2]) > _weights.MAX_STACK
         or _cutlass.problem() is not None
     ):
         return OneByOne(conversion)
@@ -207,6 +216,8 @@ def _device(array: Any) -> jax.Device | None:
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         return None
     if not isinstance(array.sharding, SingleDeviceSharding):
+        return None
+    if array.sharding.memory_kind not in (None, "device"):
         return None
     return next(iter(array.sharding.device_set))
 

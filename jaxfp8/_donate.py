@@ -13,12 +13,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding, auto_axes
 
 from jaxfp8._accounting import Write, entries, path_name
 from jaxfp8._bundles import Bundle, Method
 from jaxfp8._convert import Carry
-from jaxfp8._placement import Spec, bring, devices_key, replicated, source_sharding
+from jaxfp8._placement import (
+    Spec,
+    bring,
+    devices_key,
+    is_explicit,
+    replicated,
+    source_sharding,
+)
 
 
 Arrays = tuple[jax.Array, ...]
@@ -107,10 +114,16 @@ def _compile(
     def abstract(specs: tuple[Spec, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(spec.abstract() for spec in specs)
 
-    arguments = ((abstract(targets),) * count, abstract(carry), (abstract(sources),) * count)
+    arguments: Any = ((abstract(targets),) * count, abstract(carry), (abstract(sources),) * count)
     if targets[0].committed:
         out_shardings = (tuple(spec.sharding for spec in targets),) * count
-        jitted = jax.jit(write, donate_argnums=0, keep_unused=True, out_shardings=out_shardings)
+        # Explicit axes would have every operation named where its result lies.
+        placed = (
+            auto_axes(write, out_sharding=out_shardings)
+            if is_explicit(targets[0].sharding)
+            else write
+        )
+        jitted = jax.jit(placed, donate_argnums=0, keep_unused=True, out_shardings=out_shardings)
         return jitted.lower(*arguments).compile()
     # Given shardings commit the results, so uncommitted arrays must go without.
     with jax.default_device(next(iter(targets[0].sharding.device_set))):

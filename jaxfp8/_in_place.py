@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfp8._accounting import Entry, Path, Write, entries, ignored, is_calibration, path_name
@@ -129,7 +128,7 @@ class InPlace:
     def _steps(self, name: str, bundle: Bundle, carry: Carry, shard: str | None) -> list[Step]:
         if shard is not None:
             start, _ = self.tally.rows(name, shard)
-            carry = (jnp.asarray(np.int32(start)), *carry)
+            carry = (jax.device_put(np.int32(start)), *carry)
         return steps(bundle, carry)
 
     def _run(self, parts: list[Step], shared: set[Buffer]) -> None:

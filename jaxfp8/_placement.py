@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxfp8._lazy import put
 
@@ -79,6 +79,11 @@ def devices_key(sharding: Sharding) -> Any:
     if isinstance(sharding, NamedSharding):
         return sharding.mesh
     return frozenset(sharding.device_set)
+
+
+def is_explicit(sharding: Sharding) -> bool:
+    """Whether an array's mesh has Explicit axes: then operations must say where results lie."""
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
 
 
 def replicated(sharding: Sharding) -> Sharding:

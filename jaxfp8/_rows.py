@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import auto_axes
 
 from jaxfp8._accounting import unbox
 from jaxfp8._bundles import Arrays, OneByOne, Wanted, measure
 from jaxfp8._convert import Carry, Conversion
+from jaxfp8._lazy import LazyArray, put
 from jaxfp8._leaf import check_target
-from jaxfp8._placement import bring, no_mesh, place_like, source_sharding
+from jaxfp8._placement import bring, is_explicit, no_mesh, place_like, source_sharding
 from jaxfp8._shards import logical_rows, plan_rows, rows_of
 from jaxfp8.padded import PaddedKernel
 
@@ -66,13 +69,20 @@ def update_rows(kernel: PaddedKernel, start: int, weight: Any) -> PaddedKernel:
             else bring(s, source_sharding(s, where, kernel.qvalue.ndim, transposes=turned))
             for s in sources
         )
+    else:
+        sources = tuple(put(s) if isinstance(s, LazyArray) else s for s in sources)
     carry, flags = measure(OneByOne(conversion), [sources])
     if not isinstance(flags, jax.core.Tracer) and not jax.device_get(flags).all():
         raise ValueError(
             "`weight` holds a NaN or an infinity, or a scale that is not positive, finite and at "
             "least 2^-126. Look for a diverged training step or a damaged checkpoint."
         )
-    fresh = _update(conversion, (0, 1), rows, n, old, (jnp.int32(start), *carry), sources)
+    write: Any = functools.partial(_write, conversion, (0, 1), rows, n)
+    if _is_committed(kernel.qvalue) and is_explicit(kernel.qvalue.sharding):
+        write = auto_axes(write, out_sharding=tuple(a.sharding for a in old))
+        fresh = jax.jit(write)(old, (jnp.int32(start), *carry), sources)
+    else:
+        fresh = _update(conversion, (0, 1), rows, n, old, (jnp.int32(start), *carry), sources)
     qvalue, scale = map(place_like, fresh, old)
     return PaddedKernel(qvalue, scale, kernel.in_features, n)
 
@@ -144,4 +154,6 @@ _update = jax.jit(_write, static_argnums=(0, 1, 2, 3))
 
 
 def _is_committed(array: jax.Array) -> bool:
-    return not isinstance(array, jax.core.Tracer) and array.committed
+    return (
+        isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed
+    )

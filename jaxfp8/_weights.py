@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
 MAX_WEIGHTS = 32  # of one call; `kMaxWeights` in `cuda/src/weight.h`
+MAX_STACK = 65535  # matrices of a weight; `kMaxStack` in `cuda/src/weight_handlers.cc`
 
 
 def weight_scale(

@@ -40,6 +40,9 @@ def quantize_dense_params(
     the values that it had, in buffers of its own: nothing is shared with `dense_params`.
     `update_params` and `reload_params` write later trees of the trainer into the result.
 
+    Run the result by `QuantizedModel` or under `fp8_dense_interceptor`: the bare `model.apply`
+    takes a padded kernel for one of the wrong shape (Flax's ScopeParamShapeError).
+
     A tree does not say what a kernel belongs to. With `apply` the model itself is asked, on
     abstract values, and only what `nn.Dense` reads can be chosen. Without it a kernel must have
     rank 2 and nothing but a bias beside it; one of a stack (`nn.scan`, `nn.vmap`) is then refused,

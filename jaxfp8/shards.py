@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ def bounds(sizes: Mapping[str, int], features: int) -> dict[str, tuple[int, int]
         TypeError: if `sizes` is not a mapping of names to ints.
         ValueError: if a size is below 1, or the sizes do not add up to `features`.
     """
-    if not isinstance(sizes, Mapping) or not all(type(n) is int for n in sizes.values()):
+    if not isinstance(sizes, Mapping) or not all(map(_is_size, sizes.values())):
         raise TypeError(
             "the sizes of shards must be a mapping of names to ints, such as "
             f'{{"q": 4096, "k": 1024, "v": 1024}}, but they are {sizes!r}.'
@@ -65,3 +66,7 @@ def _unflatten(sizes, children) -> KernelShards:
 
 
 jax.tree_util.register_pytree_with_keys(KernelShards, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int | np.integer) and not isinstance(size, bool)

@@ -122,7 +122,9 @@ class ReloadStream:
         if self._state is not _State.OPEN:
             return
         self._state = _State.LEFT
-        why = "was left before `finish`" + (f" by {type(error).__name__}: {error}" if error else "")
+        why = "was left before `finish`"
+        if error is not None:
+            why += f" by {type(error).__name__}: {str(error).rstrip('.')}"
         if error is None:
             raise self._tree.stopped(why)
         if not self._tree.tally.updated():
@@ -167,8 +169,14 @@ class ReloadStream:
             As `put`; if one leaf fails its check, none has been changed.
         """
         self._check_open("put_tree")
-        head = (path,) if path else ()
-        self._put({"/".join((*head, *sub)): e.node for sub, e in entries(tree).items()}, None)
+        head, found = ((path,) if path else ()), entries(tree)
+        values = {"/".join((*head, *sub)): entry.node for sub, entry in found.items()}
+        if len(values) < len(found):
+            raise ValueError(
+                "`tree` has two leaves of one path: a key with '/' in it means the same as a dict "
+                "within a dict. Use one form."
+            )
+        self._put(values, None)
 
     def put_all(self, pairs: Iterable[tuple[str, Any]]) -> None:
         """`put(*pair)` for each pair of a path and a value, as an iterator gives them.

@@ -258,7 +258,7 @@ def _reload_error(todo: list[Step], done: int, params: Any, error: Exception) ->
 
     failed = names(todo[done : done + 1])
     updated = tuple(name for name in names(todo[:done]) if name not in failed)
-    rest = names(todo[done + 1 :])
+    rest = tuple(name for name in names(todo[done + 1 :]) if name not in failed)
     return ReloadError(
         f"`reload_params` failed on the device while it wrote {', '.join(failed)}: {error}. "
         "Already new: "

@@ -87,6 +87,23 @@ def test_static_activations_become_x_scale(tmp_path):
     assert_same_bits(without["up"]["kernel"], updated["up"]["kernel"])
 
 
+def test_input_scales_left_out_make_a_layer_dynamic(tmp_path):
+    tensors = {
+        "up.weight": codes(N, K),
+        "up.weight_scale": scalar(0.02),
+        "up.input_scale": scalar(0.5),
+        "norm.weight": np.arange(K, dtype=np.float32),  # one axis: by default a scale
+    }
+    write(tmp_path / "model.safetensors", tensors)
+    write_config(tmp_path, fp8(activation_scheme="static"))
+    loaded = load_safetensors(tmp_path, ignore="*.input_scale")
+    assert loaded.keys() == {"up", "norm"} and loaded["up"].keys() == {"kernel"}
+    assert loaded["norm"].keys() == {"scale"}
+    updated = update_params({"up": {"kernel": kernel()}}, loaded, ignore="norm")
+    wanted = np.full(N, 0.02, np.float32)
+    assert_same_bits(updated["up"]["kernel"], padded(codes(N, K), wanted))
+
+
 @pytest.mark.parametrize("shape", [(N,), (N, 1)], ids=str)
 def test_compressed_tensors_by_channel(shape, tmp_path):
     scale = np.linspace(0.01, 3, N, dtype=np.float32)

@@ -98,7 +98,8 @@ def read_quantization(
     if method not in readers:
         raise ValueError(
             f"{where} has quant_method {method!r}, but only 'fp8' and 'compressed-tensors' are "
-            f"read. {DEQUANTIZE}"
+            f"read. {DEQUANTIZE} If the files hold `weight` in e4m3 and `weight_scale` all the "
+            "same (as fbgemm_fp8 and modelopt write them), say so: config={'quant_method': 'fp8'}."
         )
     return readers[method](content, f"{where} (quant_method {method!r})")
 

@@ -37,12 +37,14 @@ def load_safetensors(
             the same, and returns None for a name that it does not know. Paths are
             `"mlp/up/kernel"`, or `"layers/mlp/up/kernel[3]"` for element 3 of a stack (`nn.scan`).
             Scales go with their weights and need no pair. By default `mlp.up.weight` goes to
-            `mlp/up/kernel` and any other name keeps its last part.
+            `mlp/up/kernel`, with one axis (LayerNorm) to `mlp/up/scale`, and any other name keeps
+            its last part.
         fuse: modules of the tree that are made of others, `{"qkv": ("q", "k", "v")}`, by the name
             of the module; kernels and biases are joined along the output features.
         split: modules taken apart, with the output features of each:
             `{"qkv": {"q": 4096, "k": 1024, "v": 1024}}`.
-        ignore: patterns (`fnmatch`) of tensors to leave out, scales among them.
+        ignore: patterns (`fnmatch`) of tensors to leave out, scales among them. A checkpoint of
+            static activation scales goes into a model of dynamic ones with "*.input_scale".
         config: config.json, as a path or its content. By default the metadata of the file, and
             then config.json beside it.
 
@@ -62,8 +64,10 @@ def load_safetensors(
     files = open_files(path)
     quantization = read_quantization(config, files)
     kept = {name: files.tensors[name] for name in drop_ignored(files.tensors, ignore)}
-    weights = {weight.tensor.name: weight for weight in pair_scales(kept, quantization)}
-    targets = map_names(weights, names, source=files.source)
+    left_out = files.tensors.keys() - kept.keys()
+    weights = {w.tensor.name: w for w in pair_scales(kept, quantization, left_out)}
+    axes = {name: weight.tensor.array.ndim for name, weight in weights.items()}
+    targets = map_names(axes, names, source=files.source)
     parts = collect(p for name, weight in weights.items() for p in parts_of(weight, targets[name]))
     parts = collect(_fuse.split(parts, split))
     parts = collect(_fuse.fuse(parts, fuse))

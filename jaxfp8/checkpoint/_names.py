@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 
@@ -57,28 +57,52 @@ def parse_target(text: str) -> Target:
     return Target(keys, tuple(map(int, re.findall(r"\d+", match["index"]))))
 
 
-def default_path(name: str) -> str:
-    """`"mlp.up.weight"` to `"mlp/up/kernel"`, and any other name with its dots as slashes."""
+def default_path(name: str, axes: int) -> str:
+    """`"mlp.up.weight"` to `"mlp/up/kernel"`, and any other name with its dots as slashes.
+
+    A weight of one axis is what torch calls a LayerNorm's scale.
+    """
     *module, last = name.split(".")
-    return "/".join((*module, "kernel" if last == "weight" else last))
+    if last == "weight":
+        last = "kernel" if axes > 1 else "scale"
+    return "/".join((*module, last))
 
 
 def drop_ignored(names: Iterable[str], ignore: str | Sequence[str]) -> list[str]:
-    """The names that none of the patterns (`fnmatch`) of `ignore` matches."""
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    """The names that none of the patterns (`fnmatch`) of `ignore` matches.
+
+    Raises:
+        TypeError: if `ignore` is not a pattern or several.
+    """
+    try:
+        patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    except TypeError as error:
+        raise TypeError(
+            f"`ignore` must be a pattern or several, but it is {ignore!r}. Leave it out to ignore "
+            "nothing."
+        ) from error
     return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
 def map_names(
-    tensors: Iterable[str], names: Names | None, *, source: object
+    tensors: Mapping[str, int], names: Names | None, *, source: object
 ) -> dict[str, list[Target]]:
     """Where each tensor goes: to no path if it is dropped, to several if they share it.
+
+    Args:
+        tensors: how many axes each has.
+        names: None for `default_path`.
+        source: what they are of, for messages.
 
     Raises:
         ValueError: if a name is not mapped (all are listed), or two tensors go to one path.
         TypeError: if `names` is not a function or pairs.
     """
-    lookup = as_function(default_path if names is None else names)
+
+    def by_default(name: str) -> str:
+        return default_path(name, tensors[name])
+
+    lookup = as_function(by_default if names is None else names)
     found = {name: lookup(name) for name in tensors}
     if unmatched := [name for name, paths in found.items() if paths is None]:
         raise ValueError(
@@ -108,6 +132,11 @@ def as_function(names: Names) -> Callable[[str], Sequence[str] | None]:
 
 
 def _pairs(pairs: Iterable[tuple[str, Paths]]) -> Callable[[str], Sequence[str] | None]:
+    if isinstance(pairs, Mapping):
+        raise TypeError(
+            "`names` must be a function or pairs of a regular expression and a path, in the order "
+            "in which they count, but it is a mapping. Take its `.items()`."
+        )
     try:
         compiled = [(re.compile(pattern), paths) for pattern, paths in pairs]
     except (TypeError, ValueError, re.error) as error:
@@ -120,7 +149,14 @@ def _pairs(pairs: Iterable[tuple[str, Paths]]) -> Callable[[str], Sequence[str] 
         for pattern, paths in compiled:
             if match := pattern.fullmatch(name):
                 paths = () if paths is None else [paths] if isinstance(paths, str) else paths
-                return [match.expand(path) for path in paths]
+                try:
+                    return [match.expand(path) for path in paths]
+                except (re.error, IndexError, TypeError) as error:
+                    raise ValueError(
+                        f"`names` turns {name!r}, which {pattern.pattern!r} matches, into "
+                        f"{paths!r}, but that cannot be: {error}. Name the groups of the pattern "
+                        f"alone, of which there are {pattern.groups}: \\1 is the first."
+                    ) from error
         return None
 
     return lookup

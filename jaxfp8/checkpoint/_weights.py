@@ -6,7 +6,7 @@ A tensor's dtype says whether it is quantized; the config must agree with it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,12 +40,20 @@ class Weight:
     ignored: bool = False
 
 
-def pair_scales(tensors: Mapping[str, Tensor], quantization: Quantization) -> list[Weight]:
+def pair_scales(
+    tensors: Mapping[str, Tensor], quantization: Quantization, left_out: Collection[str] = ()
+) -> list[Weight]:
     """The tensors of a checkpoint, scales put to their weights.
+
+    Args:
+        tensors: by name.
+        quantization: what the config says.
+        left_out: names of tensors that the caller ignores. A layer whose input scale is among
+            them is taken as one of dynamic scales.
 
     Raises:
         ValueError: if a scale is missing, alone, doubled or of a shape that contradicts the
-            config, or a weight is stored in another form than the config says. All are listed.
+            config, or an FP8 weight is stored in another form than the config says. All are listed.
     """
     weights: list[Weight] = []
     problems: list[str] = []
@@ -54,7 +62,7 @@ def pair_scales(tensors: Mapping[str, Tensor], quantization: Quantization) -> li
             if name.rpartition(".")[2] in (*WEIGHT_SCALES, INPUT_SCALE):
                 _check_not_alone(tensor, tensors)
             else:
-                weights.append(_weight(tensor, tensors, quantization))
+                weights.append(_weight(tensor, tensors, quantization, left_out))
         except ValueError as error:
             problems.append(f"  {error}")
     if problems:
@@ -84,7 +92,12 @@ def _check_not_alone(tensor: Tensor, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _weight(tensor: Tensor, tensors: Mapping[str, Tensor], quantization: Quantization) -> Weight:
+def _weight(
+    tensor: Tensor,
+    tensors: Mapping[str, Tensor],
+    quantization: Quantization,
+    left_out: Collection[str],
+) -> Weight:
     dtype = tensor.array.dtype
     module, _, last = tensor.name.rpartition(".")
     ignored = quantization.ignores(module)
@@ -122,10 +135,11 @@ def _weight(tensor: Tensor, tensors: Mapping[str, Tensor], quantization: Quantiz
         )
     input_name = beside(tensor.name, INPUT_SCALE)
     inputs = tensors.get(input_name)
-    if layer.activation is not None and (inputs is None) != (layer.activation == "dynamic"):
+    activation = None if input_name in left_out else layer.activation
+    if activation is not None and (inputs is None) != (activation == "dynamic"):
         raise ValueError(
             f"{quantization.where} says that the input of {module!r} is quantized with "
-            f"{layer.activation} scales, but {'no' if inputs is None else 'a'} "
+            f"{activation} scales, but {'no' if inputs is None else 'a'} "
             f"{input_name!r} is there. "
             + (
                 "Get the whole checkpoint, or give a `config` that says 'dynamic'."
