@@ -151,9 +151,16 @@ FUSED = [
         fuse=QKV,
     ),
     loading(
-        "a bias for some shards",
-        {**SHARDS, "a.q.bias": weight(20)},
+        "a bias for some shards without kernels",
+        {"a.q.bias": weight(20)},
         "a/qkv/bias",
+        "nothing is there for k, v",
+        fuse=QKV,
+    ),
+    loading(
+        "another parameter for some shards",
+        {**SHARDS, "a.q.gain": weight(20)},
+        "a/qkv/gain",
         "nothing is there for k, v",
         fuse=QKV,
     ),

@@ -28,6 +28,7 @@ def saving(
     *says: str,
     there: str = "model.safetensors",
     names: Any = None,
+    split: Any = None,
 ) -> Case:
     """A tree that is saved where a checkpoint is."""
 
@@ -38,7 +39,7 @@ def saving(
         def save() -> None:
             before = {file.name: file.read_bytes() for file in folder.iterdir()}
             try:
-                save_safetensors(params, folder, names=names)
+                save_safetensors(params, folder, names=names, split=split)
             finally:
                 assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -131,5 +132,67 @@ CASES = [
         ValueError,
         "conv/kernel: it has shape (3, 3, 4, 8)",
         "[in_features, out_features]",
+    ),
+    saving(
+        "a module taken apart by sizes that do not add up",
+        lambda: {"qkv": {"kernel": kernel()}},
+        ValueError,
+        "qkv/kernel: it has 20 output features",
+        "19 in all",
+        "Correct the sizes",
+        split={"qkv": {"q": 10, "k": 9}},
+    ),
+    saving(
+        "a bias that the sizes do not fit",
+        lambda: {"qkv": {"kernel": kernel(), "bias": jnp.ones(21)}},
+        ValueError,
+        "qkv/bias: it has 21 output features",
+        split={"qkv": {"q": 10, "k": 10}},
+    ),
+    saving(
+        "a module to take apart that is not there",
+        lambda: {"up": {"kernel": kernel()}},
+        ValueError,
+        "`split` takes apart qkv, but no module",
+        "there is up",
+        split={"qkv": {"q": 10, "k": 10}},
+    ),
+    saving(
+        "a shard that is there",
+        lambda: {"a": {"qk": {"kernel": kernel()}, "q": {"kernel": kernel()}}},
+        ValueError,
+        "`split` takes a/qk apart into a/q",
+        "`params` has a/q/kernel already",
+        split={"qk": {"q": 10, "k": 10}},
+    ),
+    saving(
+        "a shard of two modules",
+        lambda: {"a": {"qk": {"kernel": kernel()}, "kv": {"kernel": kernel()}}},
+        ValueError,
+        "`split` takes a/qk apart into a/k",
+        "that is a shard of a/kv too",
+        split={"qk": {"q": 10, "k": 10}, "kv": {"k": 10, "v": 10}},
+    ),
+    saving(
+        "a module taken apart into nothing",
+        lambda: {"qkv": {"kernel": kernel()}},
+        ValueError,
+        "`split` must give each shard its output features",
+        split={"qkv": {}},
+    ),
+    saving(
+        "a module taken apart without sizes",
+        lambda: {"qkv": {"kernel": kernel()}},
+        ValueError,
+        "`split` must give each shard its output features",
+        split={"qkv": ("q", "k", "v")},
+    ),
+    saving(
+        "a stack of biases taken apart as a whole",
+        lambda: {"qkv": {"kernel": kernel(), "bias": jnp.ones((3, 20))}},
+        ValueError,
+        "qkv/bias: it has shape (3, 20)",
+        "`names`",
+        split={"qkv": {"q": 10, "k": 10}},
     ),
 ]

@@ -198,3 +198,35 @@ def test_all_shards_ignored_are_joined_dense(ignore, tmp_path):
     file = write(tmp_path / "model.safetensors", tensors)
     loaded = load_safetensors(file, fuse=QKV, config=compressed(ignore=ignore))
     assert loaded["attn"]["qkv"]["kernel"].value.dtype == BF16
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16], ids=str)
+@pytest.mark.parametrize("lacking", ["q", "k", "v"])
+def test_a_shard_without_its_bias_gets_zeros(lacking, dtype, tmp_path):
+    # Whisper's k_proj has none.
+    tensors = quantized(dict.fromkeys(SHARDS, scalar(0.3)))
+    biases = {name: weight(n, seed=n).astype(dtype) for name, n in SHARDS.items()}
+    tensors |= {f"attn.{name}.bias": b for name, b in biases.items() if name != lacking}
+    loaded = load_safetensors(write(tmp_path / "model.safetensors", tensors), fuse=QKV)["attn"]
+    biases[lacking] = np.zeros_like(biases[lacking])
+    wanted = np.concatenate([*biases.values()])
+    assert bits(np.asarray(loaded["qkv"]["bias"])) == bits(wanted)
+    got = update_params({"qkv": {"kernel": zeros(), "bias": jnp.zeros(N, dtype)}}, loaded)
+    assert bits(got["qkv"]["bias"]) == bits(wanted)
+
+
+def test_a_stack_of_layers_whose_shard_lacks_its_bias(tmp_path):
+    tensors = {}
+    for i in range(2):
+        for name, n in SHARDS.items():
+            tensors[f"h.{i}.{name}.weight"] = weight(n, K, seed=i)
+            tensors[f"h.{i}.{name}.bias"] = weight(n, seed=i)
+        del tensors[f"h.{i}.k.bias"]
+    names = [
+        (r"h\.(\d)\.(\w)\.weight", r"h/\2/kernel[\1]"),
+        (r"h\.(\d)\.(\w)\.bias", r"h/\2/bias[\1]"),
+    ]
+    loaded = load_safetensors(write(tmp_path / "model.safetensors", tensors), names=names, fuse=QKV)
+    for i, got in enumerate(np.asarray(loaded["h"]["qkv"]["bias"])):
+        wanted = [tensors[f"h.{i}.q.bias"], np.zeros(10, "f4"), tensors[f"h.{i}.v.bias"]]
+        np.testing.assert_array_equal(got, np.concatenate(wanted))

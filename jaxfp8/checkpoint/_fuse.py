@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxfp8.checkpoint._names import Target
-from jaxfp8.checkpoint._parts import X_SCALE, Part
+from jaxfp8.checkpoint._parts import BIAS, KERNEL, X_SCALE, Part
 
 
 def split(
@@ -45,10 +45,12 @@ def fuse(
     """Modules made of others: `{"qkv": ("q", "k", "v")}`, output features in that order.
 
     Values are joined as they are. Where scales differ they become one for each output feature,
-    which is exact; requantizing to the largest, as vLLM does, is not.
+    which is exact; requantizing to the largest, as vLLM does, is not. A shard that has a kernel
+    and no bias, where another has one, gets a bias of zeros, which adds nothing: Whisper's k_proj
+    (vLLM fills it in `whisper._create_fake_bias_for_k_proj`).
 
     Raises:
-        ValueError: if shards are missing, or do not fit each other.
+        ValueError: if other shards are missing, or do not fit each other.
     """
     fused_of = {shard: fused for fused, shards in modules.items() for shard in shards}
     groups: dict[Target, dict[str, Part]] = {}
@@ -60,6 +62,7 @@ def fuse(
             yield target, part
     for target, found in groups.items():
         shards = modules[_module(target)]
+        found = found | dict(_zero_biases(target, shards, found, parts))
         if missing := [name for name in shards if name not in found]:
             raise ValueError(
                 f"{target} is fused of {', '.join(shards)}, but nothing is there for "
@@ -67,6 +70,20 @@ def fuse(
                 "whole checkpoint, or correct `names` and `fuse`."
             )
         yield target, _joined(target, [found[name] for name in shards])
+
+
+def _zero_biases(
+    target: Target, shards: Sequence[str], found: Mapping[str, Part], parts: Mapping[Target, Part]
+) -> Iterator[tuple[str, Part]]:
+    """The biases that shards with a kernel lack, like those that are there."""
+    if target.path[-1] != BIAS:
+        return
+    like = next(iter(found.values()))
+    for name in shards:
+        kernel = parts.get(_renamed(target, name).sibling(KERNEL))
+        if name not in found and kernel is not None:
+            zeros = np.zeros(kernel.shape[:1], like.dtype)
+            yield name, Part(f"no bias for {kernel.origin}", "array", (zeros,), None, like.ignored)
 
 
 def check_modules(
@@ -83,8 +100,12 @@ def check_modules(
             f"`fuse` must give each fused module the names of its shards, each shard once, but it "
             f"is {dict(fuse)}. For example {{'qkv': ('q', 'k', 'v')}}."
         )
-    sizes = [size for found in split.values() for size in found.values()]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not all(
+        isinstance(found, Mapping)
+        and found
+        and all(isinstance(size, int) and size > 0 for size in found.values())
+        for found in split.values()
+    ):
         raise ValueError(
             f"`split` must give each shard its output features, at least 1, but it is "
             f"{dict(split)}. For example {{'qkv': {{'q': 4096, 'k': 1024, 'v': 1024}}}}."

@@ -40,7 +40,8 @@ def load_safetensors(
             `mlp/up/kernel`, with one axis (LayerNorm) to `mlp/up/scale`, and any other name keeps
             its last part.
         fuse: modules of the tree that are made of others, `{"qkv": ("q", "k", "v")}`, by the name
-            of the module; kernels and biases are joined along the output features.
+            of the module; kernels and biases are joined along the output features. A shard with
+            a kernel and no bias gets zeros where another shard has one (Whisper's k_proj).
         split: modules taken apart, with the output features of each:
             `{"qkv": {"q": 4096, "k": 1024, "v": 1024}}`.
         ignore: patterns (`fnmatch`) of tensors to leave out, scales among them. A checkpoint of

@@ -13,6 +13,7 @@ from jaxfp8.checkpoint._weights import Weight
 
 
 KERNEL = "kernel"
+BIAS = "bias"
 X_SCALE = "x_scale"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxfp8._accounting import Entry, entries, is_calibration
 from jaxfp8._leaf import check_target, is_abstract
+from jaxfp8.checkpoint._apart import check_axes, check_split, shards_of
 from jaxfp8.checkpoint._describe import Layer, quantization_config
 from jaxfp8.checkpoint._header import DTYPES
 from jaxfp8.checkpoint._names import Names, Target, as_function
@@ -28,6 +29,7 @@ def save_safetensors(
     path: str | os.PathLike[str],
     *,
     names: Names | None = None,
+    split: Mapping[str, Mapping[str, int]] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a served tree as a quantized checkpoint in Hugging Face's layout.
@@ -49,14 +51,21 @@ def save_safetensors(
             written beside and then renamed: what was there before stays whole until then.
         names: what `load_safetensors` takes, the other way round: from paths to names of tensors.
             A path of an element of a stack, `"layers/up/kernel[3]"`, is asked for where the
-            whole has no name; kernels of a stack always so. By default `mlp/up/kernel` goes to
-            `mlp.up.weight`, and other paths keep their last part.
+            whole has no name; kernels of a stack always so. A list writes the tensor under each
+            of its names. By default `mlp/up/kernel` goes to `mlp.up.weight`, and other paths keep
+            their last part.
+        split: modules taken apart, with the output features of each, as in `load_safetensors`
+            and the inverse of its `fuse`: `{"qkv": {"q": 4096, "k": 1024, "v": 1024}}`. Each
+            shard has its rows of the kernel, of a scale for each output feature and of the bias,
+            and a copy of one scale and of `x_scale`. `names` is asked for the paths of the
+            shards, `"attn/q/kernel"`.
         max_shard_bytes: begin another file beyond this, in a directory. One file is on the host
             at a time.
 
     Raises:
-        ValueError: if a path has no name, two have the same, or the directory holds other
-            safetensors files; nothing has been written then.
+        ValueError: if a path has no name, two have the same, `split` names no module, does not
+            add up or makes a path that is there, or the directory holds other safetensors files;
+            nothing has been written then.
         TypeError: if a leaf cannot be saved.
         ModuleNotFoundError: without the safetensors package (`pip install jaxfp8[checkpoint]`).
     """
@@ -64,15 +73,19 @@ def save_safetensors(
     layers: list[Layer] = []
     lookup = as_function(_default_name if names is None else names)
     tree = entries(params)
+    split = split or {}
+    check_split(tree, split)
     problems: list[str] = []
     for key, entry in tree.items():
         if is_calibration(key, tree):
             continue
         try:
             _check_leaf(entry.node)
-            for name, index in _places(Target(key), entry.node, lookup):
-                x_scale = tree.get((*key[:-1], X_SCALE)) if key[-1:] == (KERNEL,) else None
-                layers.extend(_add(outputs, name, Target(key, index), entry.node, x_scale))
+            x_scale = tree.get((*key[:-1], X_SCALE)) if key[-1:] == (KERNEL,) else None
+            for shard, rows in shards_of(key, entry.node, split):
+                for name, index in _places(Target(shard), entry.node, lookup):
+                    target = Target(shard, index)
+                    layers.extend(_add(outputs, name, target, entry.node, x_scale, rows))
         except (TypeError, ValueError) as error:
             problems.append(f"  {'/'.join(key)}: {error}")
     if problems:
@@ -80,11 +93,11 @@ def save_safetensors(
             "`params` cannot be saved, and nothing has been written:\n" + "\n".join(problems)
         )
     quantization = quantization_config(layers)
-    target = Path(path)
-    if target.name.endswith(".safetensors"):
-        write_file(target, outputs, quantization)
+    place = Path(path)
+    if place.name.endswith(".safetensors"):
+        write_file(place, outputs, quantization)
     else:
-        write_directory(target, outputs, quantization, max_shard_bytes)
+        write_directory(place, outputs, quantization, max_shard_bytes)
 
 
 def _default_name(path: str) -> str:
@@ -108,7 +121,10 @@ def _check_leaf(node: Any) -> None:
         if is_abstract(leaf):
             raise TypeError("it is abstract and holds no values. Pass the arrays of `init`.")
         if leaf.dtype not in DTYPES.values():
-            raise TypeError(f"its dtype is {leaf.dtype}, which safetensors cannot hold. Cast it.")
+            raise TypeError(
+                f"its dtype is {leaf.dtype}, which safetensors cannot hold. Cast it, or leave it "
+                "out: of an NNX model save `nnx.state(model, jaxfp8.nnx.WEIGHTS)`."
+            )
 
 
 def _places(
@@ -138,7 +154,12 @@ def _places(
 
 
 def _add(
-    outputs: dict[str, Output], name: str, target: Target, node: Any, x_scale: Entry | None
+    outputs: dict[str, Output],
+    name: str,
+    target: Target,
+    node: Any,
+    x_scale: Entry | None,
+    rows: slice | None,
 ) -> Iterator[Layer]:
     index = target.index
     module, _, last = name.rpartition(".")
@@ -151,7 +172,11 @@ def _add(
                 "saved as torch's weight. Leave it out with (pattern, None) in `names`, or pass "
                 "`names` that give each matrix of a stack a name."
             )
-        _put(outputs, name, shape[::-1] if transpose else shape, node, index, transpose=transpose)
+        shape = shape[::-1] if transpose else shape
+        if rows is not None:
+            check_axes(shape, target.path[-1])
+            shape = (rows.stop - rows.start, *shape[1:])
+        _put(outputs, name, shape, node, index, rows=rows, transpose=transpose)
         if transpose:
             yield Layer(module, None)
         return
@@ -160,11 +185,14 @@ def _add(
             f"`names` gives its kernel the name {name!r}, but a quantized weight must be called "
             f"'weight', as in {beside(name, WEIGHT)!r}: readers look for its scale beside that."
         )
-    n, k = node.out_features, node.in_features
-    _put(outputs, name, (n, k), node.qvalue, index, rows=n, columns=k)
+    rows = rows or slice(0, node.out_features)
+    n, k = rows.stop - rows.start, node.in_features
+    _put(outputs, name, (n, k), node.qvalue, index, rows=rows, columns=k)
     scale_name = beside(name, WEIGHT_SCALES[0])
-    rows = n if node.per_channel else None
-    _put(outputs, scale_name, (n, 1) if node.per_channel else (), node.scale, index, rows=rows)
+    if node.per_channel:
+        _put(outputs, scale_name, (n, 1), node.scale, index, rows=rows)
+    else:
+        _put(outputs, scale_name, (), node.scale, index)
     if x_scale is not None:
         _put(outputs, beside(name, INPUT_SCALE), (), x_scale.node, index)
     yield Layer(module, "channel" if node.per_channel else "tensor", x_scale is not None)
@@ -189,7 +217,7 @@ def _read(
     index: tuple[int, ...],
     shape: tuple[int, ...],
     *,
-    rows: int | None = None,
+    rows: slice | None = None,
     columns: int | None = None,
     transpose: bool = False,
 ) -> np.ndarray:
@@ -202,6 +230,9 @@ def _read(
         leaf = np.asarray(leaf[index] if index else jnp.copy(leaf))
     else:
         leaf = leaf[index]
-    leaf = leaf[:rows] if rows is not None else leaf
-    leaf = leaf[:, :columns] if columns is not None else leaf
-    return np.ascontiguousarray(leaf.T if transpose else leaf).reshape(shape)
+    whole = leaf.T if transpose else leaf
+    part = whole[rows] if rows is not None else whole
+    part = part[:, :columns] if columns is not None else part
+    # A view of one shard would keep the others on the host.
+    copied = np.array(part, order="C") if part.size < whole.size else np.ascontiguousarray(part)
+    return copied.reshape(shape)
