@@ -1,8 +1,7 @@
 """Parameters that are alike, measured and written together; dense weights by the plugin's kernels.
 
-A Llama of 8 billion weights has 225 dense layers of six shapes. One call for each cost the host
-three times what the device needs to write them, and each kernel some 4 us between two that run
-(H200, 2026-11-23).
+Of Llama-3-8B's 225 dense layers in `[N, K]`, XLA and a call for each took 16.5 ms of the device and
+54 by the host's clock; a kernel for each 10.6, one for up to 32 alike 9.2 (H200, 2026-11-23).
 """
 
 from __future__ import annotations
