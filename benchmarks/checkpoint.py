@@ -220,9 +220,9 @@ def largest_layer(loaded: Any) -> int:
 
 
 def xla_temporaries(loaded: Any) -> int:
-    """The most that XLA allocates to measure one leaf; on a CPU it is host memory."""
+    """The most that XLA allocates to measure one layer; on a CPU it is host memory."""
     values = [weight.value for weight in weights(loaded)]
-    avals = {jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values}
+    avals = {jax.ShapeDtypeStruct(value.shape[-2:], value.dtype) for value in values}
     method = OneByOne(Quantize("out_in", True))
     compiled = (measure_leaves.lower(method, ((aval,),)).compile() for aval in avals)
     return max(program.memory_analysis().temp_size_in_bytes for program in compiled)

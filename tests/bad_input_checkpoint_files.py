@@ -153,6 +153,19 @@ CASES = [
         "b.safetensors",
         "Remove one",
     ),
+    other(
+        "a model in two layouts",
+        lambda folder: into(
+            [
+                write(folder / f"{name}.safetensors", {f"{name}.weight": W}).parent
+                for name in ("model", "consolidated")
+            ][0]
+        ),
+        ValueError,
+        "consolidated.safetensors beside model.safetensors",
+        "two layouts",
+        "`path`",
+    ),
     index("an index that is a list", ["a"], ValueError, "`weight_map`", "['a']"),
     index(
         "an index naming a missing file",

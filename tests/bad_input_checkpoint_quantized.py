@@ -31,6 +31,13 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return config
 
 
+def float8_of(targets: list[str]) -> dict[str, Any]:
+    """compressed-tensors' config that quantizes the activations of modules, and no weights."""
+    config = compressed()
+    config["config_groups"]["group_0"] |= {"targets": targets, "weights": None}
+    return config
+
+
 SCALES = [
     loading(
         "a scale that is missing",
@@ -42,6 +49,19 @@ SCALES = [
         "whole checkpoint",
     ),
     loading("two scales", {**UP, "up.weight_scale_inv": scalar(2)}, "'up.weight'", "are both"),
+    loading(
+        "two scales of the input",
+        {**UP, "up.input_scale": scalar(1), "up.activation_scale": scalar(1)},
+        "'up.weight'",
+        "'up.input_scale' and 'up.activation_scale' are both",
+        "`ignore`",
+    ),
+    loading(
+        "the scale of Mistral's KV cache",
+        {**UP, "k_fake_quantizer.qscale_act": scalar(1)},
+        "'k_fake_quantizer.qscale_act'",
+        "`ignore`",
+    ),
     loading(
         "a scale without a weight",
         {"up.weight": W, "b.weight_scale": scalar(1)},
@@ -102,6 +122,7 @@ SCALES = [
         {"up.w13": CODES},
         "'up.w13'",
         "a name that ends in `weight`",
+        "`ignore`",
     ),
     loading("a negative scale", {**UP, "up.weight_scale": scalar(-1)}, "up/kernel", "not positive"),
 ]
@@ -168,7 +189,28 @@ CONFIGS = [
         "`transform_config`",
         config=compressed(transform_config={"config_groups": {"u": {}}}),
     ),
-    loading("no groups", UP, "`config_groups`", config=compressed(config_groups={})),
+    loading("no groups", UP, "quantizes no layer", config=compressed(config_groups={})),
+    loading(
+        "groups in a list",
+        UP,
+        "`config_groups`",
+        "must be an object",
+        config=compressed(config_groups=[1]),
+    ),
+    loading(
+        "a group of a layer without weights",
+        UP,
+        "'group_0'",
+        "must hold `weights`",
+        config=float8_of(["Linear"]),
+    ),
+    loading(
+        "a quantized layer beside attention",
+        UP,
+        "'up.weight'",
+        "quantizes no layer",
+        config=float8_of(["LlamaAttention"]),
+    ),
     loading(
         "another activation scheme",
         UP,

@@ -9,6 +9,7 @@ from checkpoint_files import BF16, bits, codes, scalar, write
 from update_cases import assert_same_bits, weight
 
 from jaxfp8.checkpoint import load_safetensors
+from jaxfp8.checkpoint._names import Target, parse_target
 from jaxfp8.padded import DenseWeight, FP8Weight, PaddedKernel
 from jaxfp8.update import reload_params, update_params
 
@@ -144,3 +145,17 @@ def test_a_stack_of_stacks_with_scales_of_both_kinds(tmp_path):
     got = update_params(params, loaded)["h"]["e"]["kernel"]
     for i, j in np.ndindex(2, 3):
         assert bits(got.qvalue[i, j, :20, :18]) == bits(tensors[f"h.{i}.e.{j}.weight"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "up//kernel", "/up", "[3]", "up[1]/kernel", "up/kernel[x]", "up/kernel[-1]", "up[1"],
+)
+def test_a_path_that_is_none_is_refused(path):
+    with pytest.raises(ValueError, match=r"keys joined by '/', with the element"):
+        parse_target(path)
+
+
+def test_a_path_with_an_index():
+    assert parse_target("layers/up/kernel[3][12]") == Target(("layers", "up", "kernel"), (3, 12))
+    assert str(parse_target("layers/up/kernel[3][12]")) == "layers/up/kernel[3][12]"

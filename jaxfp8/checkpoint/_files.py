@@ -15,6 +15,11 @@ from jaxfp8.checkpoint._header import read_header
 
 
 INDEX = ".index.json"
+# Beside the files of NVIDIA ModelOpt, instead of a `quantization_config` in config.json or with it.
+HF_QUANT_CONFIG = "hf_quant_config.json"
+# Files of Mistral's own layout, which lie beside those of the same model in Transformers' layout
+# (vLLM: `DefaultModelLoader._prepare_weights`).
+MISTRAL = "consolidated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,13 @@ def _in_directory(folder: Path) -> tuple[list[Path], Path | None]:
         raise FileNotFoundError(
             f"`path` is {folder}, which holds no *.safetensors. Give the directory of a checkpoint "
             "in that format; other formats (pickle among them) are not read."
+        )
+    own = [file for file in files if file.name.startswith(MISTRAL)]
+    if not indices and own and len(own) < len(files):
+        other = next(file for file in files if file not in own)
+        raise ValueError(
+            f"{folder} holds {own[0].name} beside {other.name}, as Mistral publishes a model in "
+            "two layouts, and no index that says which is meant. Give `path` as the one that is."
         )
     return files, next(iter(indices), None)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxfp8.checkpoint._names import Target
+from jaxfp8.checkpoint._names import Target, ignore_hint
 from jaxfp8.checkpoint._parts import BIAS, KERNEL, X_SCALE, Part
 
 
@@ -64,10 +64,12 @@ def fuse(
         shards = modules[_module(target)]
         found = found | dict(_zero_biases(target, shards, found, parts))
         if missing := [name for name in shards if name not in found]:
+            of_no_layer = ignore_hint(target.path[-1:])
+            hint = of_no_layer and ignore_hint(other.path[-1] for other in parts)
             raise ValueError(
                 f"{target} is fused of {', '.join(shards)}, but nothing is there for "
                 f"{', '.join(missing)}; there is {'; '.join(map(str, found.values()))}. Get the "
-                "whole checkpoint, or correct `names` and `fuse`."
+                f"whole checkpoint, or correct `names` and `fuse`.{hint}"
             )
         yield target, _joined(target, [found[name] for name in shards])
 

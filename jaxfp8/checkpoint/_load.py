@@ -26,6 +26,12 @@ def load_safetensors(
 ) -> dict[str, Any]:
     """The tree of a safetensors checkpoint, for `update_params` and `reload_params`.
 
+    Weights are floats, or e4m3 by tensor or by output feature as Hugging Face's `fp8`,
+    compressed-tensors, FBGEMM, NVIDIA ModelOpt and AMD Quark store them; what a config says of
+    other formats is refused by name. A layer without a stored scale of its input quantizes each row
+    of x by its own maximum. That is so of FBGEMM's too, whose `activation_scale_ub` is not applied:
+    `jnp.clip(x, -bound, bound)` before the layer does what it does.
+
     Nothing is read but headers: leaves are views of memory-mapped files, and what has to be put
     together (fused and stacked weights) is when it is written.
 
@@ -45,9 +51,10 @@ def load_safetensors(
         split: modules taken apart, with the output features of each:
             `{"qkv": {"q": 4096, "k": 1024, "v": 1024}}`.
         ignore: patterns (`fnmatch`) of tensors to leave out, scales among them. A checkpoint of
-            static activation scales goes into a model of dynamic ones with "*.input_scale".
-        config: config.json, as a path or its content. By default the metadata of the file, and
-            then config.json beside it.
+            static activation scales goes into a model of dynamic ones with "*.input_scale" (or as
+            the file calls it: Transformers' is "*.activation_scale", Mistral's "*.qscale_act").
+        config: config.json or ModelOpt's hf_quant_config.json, as a path or its content. By
+            default the metadata of the file, then config.json beside it, then hf_quant_config.json.
 
     Returns:
         Nested dicts. A path that ends in `kernel` gets `DenseWeight([N, K], "out_in")`, any path

@@ -12,13 +12,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+from jaxfp8._accounting import shown_index, split_path
+
 
 Paths: TypeAlias = str | Sequence[str] | None
 # Names to paths: a function (None: it does not know the name; (): to no path), or pairs of a
 # pattern for the whole name and what it becomes (None: to no path).
 Names: TypeAlias = Callable[[str], Paths] | Iterable[tuple[str, Paths]]
 
-_PATH = re.compile(r"(?P<path>[^\[\]]+?)(?P<index>(\[\d+\])*)")
+# Scales of a KV cache, of results and bounds, as checkpoints name them: of no layer here.
+NOT_OF_LAYERS = (
+    *("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale"),
+    *("output_scale", "prob_output_scale", "input_scale_ub"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Target:
     index: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return "/".join(self.path) + "".join(f"[{i}]" for i in self.index)
+        return "/".join(self.path) + shown_index(self.index)
 
     def sibling(self, name: str) -> Target:
         """Another parameter of the same layer."""
@@ -47,14 +53,14 @@ def parse_target(text: str) -> Target:
     Raises:
         ValueError: if it is no such path.
     """
-    match = _PATH.fullmatch(text)
-    keys = tuple(match["path"].split("/")) if match else ()
-    if match is None or not all(keys):
+    path, index = split_path(text)
+    keys = tuple(path.split("/"))
+    if not all(keys) or {"[", "]"} & {*path}:
         raise ValueError(
             f"`names` gives the path {text!r}, but a path is keys joined by '/', with the element "
             "of a stack behind it in brackets: 'layers/mlp/up/kernel[3]'."
         )
-    return Target(keys, tuple(map(int, re.findall(r"\d+", match["index"]))))
+    return Target(keys, index)
 
 
 def default_path(name: str, axes: int) -> str:
@@ -84,6 +90,18 @@ def drop_ignored(names: Iterable[str], ignore: str | Sequence[str]) -> list[str]
     return [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
+def ignore_hint(names: Iterable[str]) -> str:
+    """What to do about tensors that no layer has, by the last parts of their names; "" if none."""
+    found = sorted({*names} & {*NOT_OF_LAYERS})
+    if not found:
+        return ""
+    patterns = ", ".join(repr(f"*.{name}") for name in found)
+    return (
+        f" No dense layer has {' or '.join(found)} (of a KV cache, or of a result): unless your "
+        f"model does, leave them out with ignore=({patterns},)."
+    )
+
+
 def map_names(
     tensors: Mapping[str, int], names: Names | None, *, source: object
 ) -> dict[str, list[Target]]:
@@ -108,7 +126,7 @@ def map_names(
         raise ValueError(
             f"`names` has no path for {len(unmatched)} tensors of {source}: "
             f"{', '.join(unmatched)}. Add pairs for them, (pattern, None) to leave them out, or "
-            "name them in `ignore`."
+            f"name them in `ignore`.{ignore_hint(name.split('.')[-1] for name in unmatched)}"
         )
     result = {name: [*map(parse_target, paths or ())] for name, paths in found.items()}
     _check_distinct(result, source)

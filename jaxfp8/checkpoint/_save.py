@@ -19,7 +19,7 @@ from jaxfp8.checkpoint._describe import Layer, quantization_config
 from jaxfp8.checkpoint._header import DTYPES
 from jaxfp8.checkpoint._names import Names, Target, as_function
 from jaxfp8.checkpoint._parts import KERNEL, X_SCALE
-from jaxfp8.checkpoint._weights import INPUT_SCALE, WEIGHT, WEIGHT_SCALES, beside
+from jaxfp8.checkpoint._weights import INPUT_SCALES, WEIGHT, WEIGHT_SCALES, beside
 from jaxfp8.checkpoint._write import Output, write_directory, write_file
 from jaxfp8.padded import DenseWeight, FP8Weight, PaddedKernel
 
@@ -194,7 +194,7 @@ def _add(
     else:
         _put(outputs, scale_name, (), node.scale, index)
     if x_scale is not None:
-        _put(outputs, beside(name, INPUT_SCALE), (), x_scale.node, index)
+        _put(outputs, beside(name, INPUT_SCALES[0]), (), x_scale.node, index)
     yield Layer(module, "channel" if node.per_channel else "tensor", x_scale is not None)
 
 
@@ -223,11 +223,11 @@ def _read(
 ) -> np.ndarray:
     """One tensor on the host.
 
-    By a copy on the device: an array keeps what `np.asarray` made of it, which would be a second
-    model on the host.
+    By a copy on the device: an array keeps what was made of it on the host, which would be a
+    second model there.
     """
     if isinstance(leaf, jax.Array):
-        leaf = np.asarray(leaf[index] if index else jnp.copy(leaf))
+        leaf = jax.device_get(leaf[index] if index else jnp.copy(leaf))
     else:
         leaf = leaf[index]
     whole = leaf.T if transpose else leaf

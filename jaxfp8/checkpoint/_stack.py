@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from jaxfp8._accounting import Index, Path
 from jaxfp8._lazy import LazyArray
 from jaxfp8.checkpoint._names import Target
 from jaxfp8.checkpoint._parts import Part
 from jaxfp8.padded import DenseWeight, FP8Weight
-
-
-Path: TypeAlias = tuple[str, ...]
-Index: TypeAlias = tuple[int, ...]
 
 
 def stack(parts: Mapping[Target, Part]) -> dict[Path, Any]:

@@ -6,21 +6,24 @@ A tensor's dtype says whether it is quantized; the config must agree with it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfp8.checkpoint._config import Quantization
 from jaxfp8.checkpoint._files import Tensor
+from jaxfp8.checkpoint._quantization import Quantization
 from jaxfp8.quantize import FP8_DTYPE
 
 
 WEIGHT = "weight"
-# Both multiply: weight = value * scale. (DeepSeek's files call it an inverse.)
-WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-INPUT_SCALE = "input_scale"
+# All multiply: weight = value * scale. Transformers calls it an inverse, as DeepSeek's files do.
+# The last of each are of Mistral's own layout (vLLM: `MistralForCausalLM.mistral_mapping`).
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
+INPUT_SCALES = ("input_scale", "activation_scale", "qscale_act")
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
+# What x is to be multiplied by before the layer: ModelOpt's AWQ and SmoothQuant, Quark's rotations.
+BEFORE_INPUT = ("pre_quant_scale", "input_rotation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def pair_scales(
     problems: list[str] = []
     for name, tensor in tensors.items():
         try:
-            if name.rpartition(".")[2] in (*WEIGHT_SCALES, INPUT_SCALE):
+            if name.rpartition(".")[2] in (*WEIGHT_SCALES, *INPUT_SCALES):
                 _check_not_alone(tensor, tensors)
             else:
                 weights.append(_weight(tensor, tensors, quantization, left_out))
@@ -117,42 +120,70 @@ def _weight(
     if layer is None:
         targets = ", ".join(repr(target) for target, _ in quantization.groups)
         raise ValueError(
-            f"{tensor} is {dtype}, but {quantization.where} quantizes only {targets}. Correct the "
-            "config, or give another one as `config`."
+            f"{tensor} is {dtype}, but {quantization.where} quantizes "
+            f"{f'only {targets}' if targets else 'no layer'}. Correct the config, or give another "
+            "one as `config`."
         )
-    names = [beside(tensor.name, scale) for scale in WEIGHT_SCALES if last == WEIGHT]
-    found = [tensors[name] for name in names if name in tensors]
-    if len(found) != 1:
+    if last != WEIGHT:
         raise ValueError(
-            f"{tensor} is {dtype} and needs one scale, "
-            f"{' or '.join(map(repr, names)) or 'beside a name that ends in `weight`'}, but there "
-            f"{'are both' if found else 'is none'}. Get the whole checkpoint."
+            f"{tensor} is {dtype}, but such a tensor is read beside a name that ends in `weight` "
+            "alone, as that of a dense layer does (stacked experts have others). Leave it out with "
+            "`ignore`, or convert it to a wider float."
+        )
+    scale = _beside(tensor, WEIGHT_SCALES, tensors)
+    if scale is None:
+        raise ValueError(
+            f"{tensor} is {dtype} and needs one scale, {_either(tensor, WEIGHT_SCALES)}, but there "
+            "is none. Get the whole checkpoint."
         )
     if tensor.array.ndim != 2:
         raise ValueError(
             f"{tensor} is {dtype} of shape {tensor.array.shape}, but a quantized weight must be "
             "[out_features, in_features]."
         )
-    input_name = beside(tensor.name, INPUT_SCALE)
-    inputs = tensors.get(input_name)
-    activation = None if input_name in left_out else layer.activation
+    for name in (beside(tensor.name, before) for before in BEFORE_INPUT):
+        if name in tensors:
+            raise ValueError(
+                f"{tensor} goes with {name!r}, by which the layer's input would have to be "
+                "multiplied, which is not done here. Do it in the model and leave the tensor out "
+                "with `ignore`, or get a checkpoint without it."
+            )
+    inputs = _beside(tensor, INPUT_SCALES, tensors)
+    dropped = any(beside(tensor.name, name) in left_out for name in INPUT_SCALES)
+    activation = None if dropped else layer.activation
     if activation is not None and (inputs is None) != (activation == "dynamic"):
         raise ValueError(
             f"{quantization.where} says that the input of {module!r} is quantized with "
-            f"{activation} scales, but {'no' if inputs is None else 'a'} "
-            f"{input_name!r} is there. "
+            f"{activation} scales, but "
             + (
-                "Get the whole checkpoint, or give a `config` that says 'dynamic'."
+                f"no {_either(tensor, INPUT_SCALES)} is there. Get the whole checkpoint, or give a "
+                "`config` that says 'dynamic', as {'quant_method': 'fp8'}."
                 if inputs is None
-                else "Leave it out with `ignore`, or give a `config` that says 'static'."
+                else f"a {inputs.name!r} is there. Leave it out with `ignore`, or give a `config` "
+                "that says 'static'."
             )
         )
     return Weight(
         tensor,
-        _weight_scale(found[0], tensor, layer.strategy),
+        _weight_scale(scale, tensor, layer.strategy),
         None if inputs is None else _one(inputs),
         ignored,
     )
+
+
+def _beside(weight: Tensor, lasts: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor beside a weight that has one of these names; None if there is none."""
+    found = [tensors[name] for last in lasts if (name := beside(weight.name, last)) in tensors]
+    if len(found) > 1:
+        raise ValueError(
+            f"{weight} needs one scale, but {' and '.join(repr(t.name) for t in found)} are both "
+            "there. Leave out with `ignore` what is not meant."
+        )
+    return found[0] if found else None
+
+
+def _either(weight: Tensor, lasts: Sequence[str]) -> str:
+    return " or ".join(repr(beside(weight.name, last)) for last in lasts)
 
 
 def _weight_scale(scale: Tensor, weight: Tensor, strategy: str | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.checkpoint._files import INDEX, read_json
+from jaxfp8.checkpoint._files import HF_QUANT_CONFIG, INDEX, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,18 @@ def write_directory(
     """Tensors into files of at most a size, with an index, and config.json beside them.
 
     Raises:
-        ValueError: if the folder holds other safetensors files, which a reader would mix in.
+        ValueError: if the folder holds other safetensors files, which a reader would mix in, or a
+            description of another quantization.
     """
     shards = _shards(outputs, max_shard_bytes)
     count = len(shards)
     files = [folder / f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [folder / "model.safetensors"]
+    if (folder / HF_QUANT_CONFIG).exists():
+        raise ValueError(
+            f"`path` is {folder}, which holds {HF_QUANT_CONFIG}, and a reader would take it for "
+            "what these files are. Remove it, or save elsewhere."
+        )
     index = [folder / f"model.safetensors{INDEX}"] if count > 1 else []
     found = {*folder.glob("*.safetensors"), *folder.glob(f"*.safetensors{INDEX}")}
     if others := sorted(file.name for file in found - {*files, *index}):
