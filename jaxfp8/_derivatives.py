@@ -77,7 +77,7 @@ def dense_operation(activation, out_dtype, promoted, implementation):
 
     @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        x, kernel, bias, _, _ = primals
+        _, kernel, bias, _, _ = primals
         x_dot, kernel_dot, bias_dot, _, _ = tangents
         if not _is_zero(kernel_dot):
             raise TypeError(
@@ -88,11 +88,11 @@ def dense_operation(activation, out_dtype, promoted, implementation):
         _refuse_quantized_result(out_dtype)
         y = operation(*primals)
         # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
-        y_dot = jnp.zeros((x.shape[0], kernel.out_features), jnp.float32)
+        y_dot = jnp.zeros_like(y, jnp.float32)  # varies over the axes of a shard_map as y does
         if not _is_zero(x_dot):
             y_dot += _tangent_matmul(x_dot, kernel)
         if bias is not None and not _is_zero(bias_dot):
-            y_dot += bias_dot
+            y_dot += _xla.as_row(bias_dot)
         return y, activation_jvp(
             activation,
             out_dtype,
@@ -146,7 +146,8 @@ def activation_jvp(activation, out_dtype, pre_dot, pre):
 def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
     """`x_dot @ kernel.dequantize()`. e4m3 is exact in x's dtype, so only the scale waits."""
     qvalue = kernel.qvalue.astype(x_dot.dtype)
-    y_dot = _xla.contract(_xla.pad_last(x_dot, qvalue.shape[1]), qvalue) * kernel.scale
+    y_dot = _xla.contract(_xla.pad_last(x_dot, qvalue.shape[1]), qvalue)
+    y_dot *= _xla.as_row(kernel.scale)
     return y_dot[:, : kernel.out_features]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfp8.padded import PaddedKernel, check_kernel
 from jaxfp8.quantize import is_fp8
@@ -44,7 +45,7 @@ def check_options(
         dtype: None or a float of 16 bits or more.
 
     Raises:
-        TypeError: for an argument refused, and for dtypes.
+        TypeError: for an argument refused, for dtypes, and for a size that is no integer.
         ValueError: for a size below 1.
     """
     ours, stock = layers
@@ -55,6 +56,8 @@ def check_options(
                 f"out, or use {stock} for this layer."
             )
     for name, size in features.items():
+        if not isinstance(size, int | np.integer):
+            raise TypeError(f"`{name}` must be an integer, but it is {size!r}.")
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1, but it is {size}.")
     if not is_fp8(param_dtype) and not is_wide_float(param_dtype):

@@ -42,7 +42,10 @@ def is_promoted(precision: Any) -> bool:
     Raises:
         ValueError: for any other algorithm preset or value.
     """
+    name, remedy = "`precision`", ""
     if precision is None:
+        name = "`jax_default_matmul_precision`, which `precision=None` follows,"
+        remedy = " Give the layer a `precision` of its own."
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     if isinstance(precision, tuple | list) and len(precision) == 2:
         return any(is_promoted(p) for p in precision)
@@ -57,9 +60,9 @@ def is_promoted(precision: Any) -> bool:
         return lax.Precision(precision) != lax.Precision.DEFAULT
     except ValueError:
         raise ValueError(
-            "`precision` must be None, a `jax.lax.Precision` or its name, or "
+            f"{name} must be None, a `jax.lax.Precision` or its name, or "
             "`DotAlgorithmPreset.ANY_F8_ANY_F8_F32` with or without `_FAST_ACCUM`, but it is "
-            f"{precision!r}."
+            f"{precision!r}.{remedy}"
         ) from None
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from jaxfp8._explicit import over_batch
+
 
 def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
     """Give `f(first, *rest)` a `vmap` rule that makes one large call out of a batch of rows.
@@ -27,15 +29,20 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
         wrapped = custom_vmap(f)
 
         @wrapped.def_vmap
-        def _(axis_size: int, in_batched: list, *args: Any):
+        def rule(axis_size: int, in_batched: list, *args: Any):
+            outs = over_batch(fold, axis_size, in_batched, args)
+            if outs is None:
+                outs = fold(axis_size, in_batched, *args)
+            return outs, jax.tree.map(lambda a: True, outs)
+
+        def fold(axis_size: int, in_batched: list, *args: Any) -> Any:
             batched = [any(jax.tree.leaves(b)) for b in in_batched]
             foldable = [
                 bool(is_row) if is_row is not None else arg.ndim - int(b) == 2
                 for is_row, arg, b in zip(rows, args, batched, strict=True)
             ]
             if any(b and not fold for b, fold in zip(batched, foldable, strict=True)):
-                outs = _loop(wrapped, axis_size, in_batched, args)
-                return outs, jax.tree.map(lambda a: True, outs)
+                return _loop(wrapped, axis_size, in_batched, args)
             folded = [
                 _fold(arg, b, axis_size) if fold else arg
                 for arg, b, fold in zip(args, batched, foldable, strict=True)
@@ -43,8 +50,7 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
             outs = wrapped(*folded)
             # Of one example; not -1, which a batch of none leaves undetermined.
             rows_each = args[0].shape[1 if batched[0] else 0]
-            shaped = jax.tree.map(lambda a: a.reshape(axis_size, rows_each, a.shape[-1]), outs)
-            return shaped, jax.tree.map(lambda a: True, outs)
+            return jax.tree.map(lambda a: a.reshape(axis_size, rows_each, a.shape[-1]), outs)
 
         return wrapped
 

@@ -55,9 +55,9 @@ def scaled_matmul(
     lhs = lax.optimization_barrier(lhs)
     precision = lax.Precision.HIGHEST if promoted else lax.Precision.DEFAULT
     y = contract(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), precision)
-    y = lhs_scale * (rhs_scale * y)
+    y = lhs_scale * (as_row(rhs_scale) * y)
     if bias is not None:
-        y = y + pad_last(bias, rhs.shape[0])
+        y = y + as_row(pad_last(bias, rhs.shape[0]))
     y = ACTIVATIONS[activation](y)
     if out_scale is not None:
         return cast_to_fp8(y, out_scale)
@@ -105,3 +105,8 @@ def contract(
 def pad_last(x: Array, size: int) -> Array:
     """Zero-pad the last axis to `size`."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+
+def as_row(a: Array) -> Array:
+    """A vector of features as `[1, N]`, so that `jax_numpy_rank_promotion="raise"` is content."""
+    return a[None, :] if a.ndim else a

@@ -9,7 +9,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from jaxfp8 import _derivatives, _options
+from jaxfp8 import _derivatives, _explicit_operations, _options
+from jaxfp8._explicit import first, split_of, whole_features
 from jaxfp8.padded import padded_size
 from jaxfp8.quantize import FP8_DTYPE, check_float
 
@@ -49,7 +50,7 @@ class QuantizedInput:
 
     def dequantize(self) -> Float32[Array, "*lead K"]:
         """`qvalue * scale` at its logical width, float32."""
-        return self.qvalue[..., : self.features].astype(jnp.float32) * self.scale
+        return first(self.qvalue, self.features, -1, "qvalue").astype(jnp.float32) * self.scale
 
 
 jax.tree_util.register_dataclass(
@@ -99,8 +100,16 @@ def quantize_input(
         x = x.astype(jnp.float32)
     lead, k = x.shape[:-1], x.shape[-1]
     width = padded_size(k)
+    if split := split_of(x):
+        qx, *scales = _explicit_operations.quantize(
+            *(x, x_scale),
+            operation=quantize_input,
+            split=split,
+            options=(("implementation", implementation),),
+        )
+        return QuantizedInput(qx, scales[0] if scales else x_scale, k)
     if 0 in lead:
-        qx: Any = jnp.zeros((*lead, width), FP8_DTYPE)
+        qx = jnp.zeros((*lead, width), FP8_DTYPE)
         scales = [jnp.zeros((*lead, 1), jnp.float32)] if x_scale is None else []
     else:
         operation = _derivatives.quantize_operation(width, implementation)
@@ -140,6 +149,7 @@ def as_quantized_input(x: QuantizedInput | tuple, name: str) -> QuantizedInput:
         )
     width = padded_size(features)
     if not isinstance(x, QuantizedInput):
+        qvalue = whole_features(qvalue)
         qvalue = jnp.pad(qvalue, [(0, 0)] * len(lead) + [(0, width - features)])
     elif given != width:
         raise ValueError(

@@ -56,8 +56,10 @@ class PaddedFP8Dense(nn.Module):
             `nn.with_partitioning(init, ("in", "out"))` are put on the leaves of the PaddedKernel.
         bias_init: initializer of the bias.
         activation: None, "relu", "gelu" (the tanh form) or "silu", applied before the one rounding.
-        static_x_scale: quantize x by the parameter `x_scale` (from 1) instead of by each row's
-            absolute maximum. Without effect with a float `param_dtype`.
+        static_x_scale: quantize x by the parameter `x_scale` instead of by each row's absolute
+            maximum. `init` gives 1, by which |x| past 448 saturates; a checkpoint of static
+            activations or `calibrate` sets it, and a tree that lacks it leaves it as it is. Without
+            effect with a float `param_dtype`.
         implementation: None, "cutlass" or "xla", as `fp8_dense` takes it.
         per_channel: one kernel scale for each output feature; else one for the kernel. Without
             effect with a float `param_dtype`, which always has one for each.

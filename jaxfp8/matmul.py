@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxfp8 import _derivatives, _options
+from jaxfp8 import _derivatives, _explicit_operations, _options
+from jaxfp8._explicit import split_of
 from jaxfp8.inputs import QuantizedInput, as_quantized_input
 from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
 from jaxfp8.quantize import FP8_DTYPE, check_float
@@ -82,6 +83,13 @@ def scaled_matmul(
     )
     if bias is not None:
         bias = _options.check_vector(bias, "bias", ((n,),), "one value for each output feature")
+    if split := split_of(lhs, rhs, name="rhs", features_axis=0):
+        return _explicit_operations.matmul(
+            *(lhs, rhs, lhs_scale, rhs_scale, bias),
+            operation=scaled_matmul,
+            split=split,
+            options=_pairs(activation, out_dtype, precision, implementation),
+        )
     if 0 in lead:
         return jnp.zeros((*lead, n), out_dtype)
     operation = _derivatives.matmul_operation(n, activation, out_dtype, promoted, implementation)
@@ -168,6 +176,13 @@ def fp8_dense(
     if out_dtype is None and out_scale is None:
         out_dtype = x.dtype if qx is None else jnp.bfloat16
     result_dtype, work_dtype, out_scale = _options.check_result(out_dtype, out_scale)
+    values = x if qx is None else qx.qvalue
+    if split := split_of(values, kernel.qvalue, name="kernel", features_axis=0):
+        y = _explicit_operations.dense(
+            *(fp8_dense, split, x if qx is None else qx, kernel, bias, x_scale, out_scale),
+            options=_pairs(activation, out_dtype, precision, implementation),
+        )
+        return y if out_scale is None else QuantizedInput(y, out_scale, n)
     lead = shape[:-1]
     m = _options.rows(lead)
     width = n if out_scale is None else kernel.qvalue.shape[0]
@@ -216,8 +231,16 @@ def fp8_dense_float(
     if jnp.ndim(w) != 2:
         raise ValueError(f"`w` must have shape [K, N], but its shape is {jnp.shape(w)}.")
     out_dtype = jnp.dtype(jnp.result_type(x) if out_dtype is None else out_dtype)
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    if split := split_of(x, w, name="w", features_axis=1):
+        return _explicit_operations.dense_float(
+            *(x, w, bias),
+            operation=fp8_dense_float,
+            split=split,
+            options=_pairs(activation, out_dtype, precision, implementation),
+        )
     operation = _float_operation(activation, out_dtype, _freeze(precision), implementation)
-    return operation(jnp.asarray(x), jnp.asarray(w), bias)
+    return operation(x, w, bias)
 
 
 @functools.cache
@@ -244,7 +267,7 @@ def _float_operation(activation, out_dtype, precision, implementation):
         y = operation(x, w, bias)
         y_dot = _matmul(x_dot, w) + _matmul(x, w_dot)
         if bias is not None:
-            y_dot += bias_dot
+            y_dot += bias_dot.astype(jnp.float32).reshape((1,) * (y_dot.ndim - 1) + (-1,))
         pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
         return y, _derivatives.activation_jvp(activation, out_dtype, y_dot, lambda: pre(x, w, bias))
 
@@ -252,8 +275,19 @@ def _float_operation(activation, out_dtype, precision, implementation):
 
 
 def _matmul(x, w) -> Float32[Array, "*lead N"]:
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # both are floats; "strict" means the caller's
+        dtype = jnp.promote_types(x.dtype, w.dtype)
     return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _pairs(activation: Any, out_dtype: Any, precision: Any, implementation: Any) -> tuple:
+    """The options of an operation, hashable."""
+    return (
+        ("activation", activation),
+        ("out_dtype", out_dtype),
+        ("precision", _freeze(precision)),
+        ("implementation", implementation),
+    )
 
 
 def _freeze(precision: Any) -> Any:

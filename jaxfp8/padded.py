@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
+from jaxfp8._explicit import check_divides, first
 from jaxfp8.quantize import FP8_DTYPE, check_float, quantize
 
 
@@ -79,9 +80,10 @@ class PaddedKernel:
     def dequantize(self) -> Float32[Array, "*stack K N"]:
         """The logical weight `qvalue * scale` in Flax's orientation, float32 `[*stack, K, N]`."""
         check_kernel(self, "self")
-        logical = self.qvalue[..., : self.out_features, : self.in_features].astype(jnp.float32)
+        logical = first(self.qvalue, self.out_features, -2, "qvalue")
+        logical = first(logical, self.in_features, -1, "qvalue").astype(jnp.float32)
         if self.per_channel:
-            scale = self.scale[..., : self.out_features, None]
+            scale = first(self.scale, self.out_features, -1, "scale")[..., None]
         else:
             scale = self.scale[..., None, None]
         return jnp.swapaxes(logical * scale, -1, -2)
@@ -112,6 +114,8 @@ def pad_quantized(
     out_features: int,
 ) -> PaddedKernel:
     """Pad a quantized `[*stack, N, K]` weight (qvalue with 0) and its scale (with 1) to 16."""
+    for axis, size in ((-2, out_features), (-1, in_features)):
+        check_divides(qvalue, axis, padded_size(size), "w")
     widths = [(0, 0)] * (qvalue.ndim - 2) + [
         (0, padded_size(out_features) - out_features),
         (0, padded_size(in_features) - in_features),

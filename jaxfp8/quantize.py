@@ -102,7 +102,7 @@ def scale_from_amax(amax: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
     infinity stay: such a row has no scale, and its results must say so.
     """
     scale = amax * INV_FP8_MAX
-    scale = jnp.where(jnp.isnan(scale), jnp.float32(jnp.nan), scale)  # one pattern everywhere
+    scale = jnp.where(jnp.isnan(scale), jnp.nan, scale)  # one pattern everywhere
     return jnp.where(scale < MIN_SCALE, jnp.float32(1.0), scale)
 
 
@@ -119,7 +119,7 @@ def cast_to_fp8(
     scaled = x * reciprocal(scale)
     # One NaN pattern (0x7f) on every backend: x86 makes 0·inf a NaN with the sign bit set.
     valid = jnp.isfinite(x) & ~jnp.isnan(scaled)
-    clipped = jnp.where(valid, jnp.clip(scaled, -FP8_MAX, FP8_MAX), jnp.float32(jnp.nan))
+    clipped = jnp.where(valid, jnp.clip(scaled, -FP8_MAX, FP8_MAX), jnp.nan)
     return round_to_odd(clipped).astype(FP8_DTYPE)
 
 

@@ -55,6 +55,13 @@ def test_hooks_of_nn_dense_are_refused_by_name(name, value):
         PaddedFP8Dense(10, **{name: value})
 
 
+@pytest.mark.parametrize("features", [16.0, "16", (16,)])
+def test_features_that_are_no_integer(features):
+    with pytest.raises(TypeError, match=r"`features` must be an integer, but it is"):
+        PaddedFP8Dense(features)
+    assert PaddedFP8Dense(np.int64(16)).features == 16
+
+
 @pytest.mark.parametrize("features", [0, -3])
 def test_features_of_zero(features):
     with pytest.raises(ValueError, match=f"`features` must be at least 1, but it is {features}"):

@@ -227,3 +227,9 @@ def test_no_precision_follows_the_configuration():
     for name, promoted in (("default", False), ("high", True), ("ANY_F8_ANY_F8_F32", True)):
         with jax.default_matmul_precision(name):
             assert is_promoted(None) is promoted
+    message = (
+        r"`jax_default_matmul_precision`, which `precision=None` follows, must be .*BF16_BF16_F32.*"
+        r"Give the layer a `precision` of its own\."
+    )
+    with jax.default_matmul_precision("BF16_BF16_F32"), pytest.raises(ValueError, match=message):
+        fp8_dense(X, KERNEL)

@@ -104,6 +104,17 @@ def test_gradients_of_local_rows(check_vma):
     np.testing.assert_allclose(got, want, **CLOSE)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@check_vma
+def test_gradients_of_a_replicated_bias_alone(check_vma, activation):
+    """x varies over the devices and is not differentiated: the tangent varies all the same."""
+    dense = functools.partial(fp8_dense, activation=activation)
+    g = sharded(dense, (P("data"), P(), P()), P("data"), check_vma)
+    got = jax.jit(jax.grad(lambda bias: jnp.sum(g(X, KERNEL, bias) ** 2)))(BIAS)
+    want = jax.grad(lambda bias: jnp.sum(dense(X, KERNEL, bias) ** 2))(BIAS)
+    np.testing.assert_allclose(got, want, rtol=CLOSE["rtol"], atol=CLOSE["rtol"] * want.max())
+
+
 def test_gradients_of_replicated_float_weights_are_summed():
     def loss(x, w, bias):
         return jax.lax.psum(jnp.sum(fp8_dense_float(x, w, bias) ** 2), "data")
