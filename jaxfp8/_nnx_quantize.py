@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -92,7 +93,11 @@ def quantize_linears(
     owned = {id(leaf) for leaf in jax.tree.leaves(nnx.state(model))}
     graphdef, state = nnx.split(new)
     state = jax.tree.map(lambda leaf: _copy(leaf) if id(leaf) in owned else leaf, state)
-    return nnx.merge(graphdef, state)
+    copy = nnx.merge(graphdef, state)
+    # Flax's recursive_map leaves cycles that would hold the float model when the caller drops it.
+    del new
+    gc.collect()
+    return copy
 
 
 def quantized_paths(model: nnx.Module) -> tuple[str, ...]:

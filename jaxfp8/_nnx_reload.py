@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -23,6 +23,7 @@ def reload_model(
     partial: bool = False,
     ignore: str | Sequence[str] = (),
     allow_nonfinite: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
 ) -> None:
     """Write new weights into the buffers of a served module, after everything was checked.
 
@@ -38,21 +39,24 @@ def reload_model(
     Args:
         model: the served module.
         loaded: the trainer's module (of which `only` is taken), its nnx.State, or a tree of the
-            same paths, as `reload_params` takes it.
+            same paths, as `reload_params` takes it. The module itself is let go with its last
+            reference; Flax's `nnx.state(module, filter)` would leave cycles that hold its arrays
+            until Python's garbage collector runs.
         only: NNX filter of the Variables to be written; by default `WEIGHTS`: nnx.Param,
             nnx.BatchStat, FP8Param and ActivationScale.
-        partial: as in `reload_params`, like `ignore` and `allow_nonfinite`.
+        partial: as in `reload_params`, like `ignore`, `allow_nonfinite` and `progress`.
 
     Raises:
         TypeError, ValueError, ReloadError: as `reload_params`.
     """
+    # Not nnx.state(model, only): that leaves cycles, which hold the trainer's arrays until Python's
+    # collector comes by (flax 0.12.6 to 0.12.12).
+    served = nnx.split(model, only, ...)[1]
     if isinstance(loaded, nnx.Module):
-        loaded = nnx.state(loaded, only)
-    options: dict[str, Any] = {"partial": partial, "ignore": ignore}
+        loaded = nnx.split(loaded, only, ...)[1]
+    options: dict[str, Any] = {"partial": partial, "ignore": ignore, "progress": progress}
     try:
-        state = reload_params(
-            nnx.state(model, only), loaded, allow_nonfinite=allow_nonfinite, **options
-        )
+        state = reload_params(served, loaded, allow_nonfinite=allow_nonfinite, **options)
     except ReloadError as error:
         nnx.update(model, error.params)
         raise

@@ -1,4 +1,4 @@
-"""What every PaddedFP8Dense of a model sees, read out while the model runs."""
+"""What every FP8 layer of a model sees, read out while the model runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfp8._accounting import Entry, Path, ignored, path_name
+from jaxfp8._accounting import Path, ignored, path_name
+from jaxfp8._ptq_layer import is_dense_call, result_dtype, stored_kernel
 from jaxfp8.inputs import QuantizedInput
 from jaxfp8.linen import PaddedFP8Dense
 from jaxfp8.padded import PaddedKernel
@@ -25,20 +27,30 @@ _SLOT = "calibration_slot"
 
 
 class Watch:
-    """What each layer has seen: a slot for each matrix, stacked ones included."""
+    """What each layer has seen: a slot for each matrix, stacked ones included.
 
-    def __init__(self, tree: Mapping[Path, Entry]):
+    Args:
+        tree: the kernels, and whatever else is in a tree of params.
+        kind: what its layers are called, in messages.
+        quantized: whether they are of a QuantizedModel, whose FP8 layers are nn.Dense.
+    """
+
+    def __init__(
+        self, tree: Mapping[Path, Any], *, kind: str = "PaddedFP8Dense", quantized: bool = False
+    ):
+        self._quantized = quantized
+        self._what = "FP8 layer" if quantized else f"{kind} layer"
         self._shapes: dict[Path, tuple[int, ...]] = {}
         self._starts: dict[Path, int] = {}
         self._padded: set[Path] = set()
         count = 0
-        for path, entry in tree.items():
-            shape = getattr(_matrix(entry.node), "shape", ())
+        for path, node in tree.items():
+            shape = getattr(_matrix(node), "shape", ())
             if path[-1:] == ("kernel",) and len(shape) >= 2:
                 layer = path[:-1]
                 self._shapes[layer], self._starts[layer] = tuple(shape[:-2]), count
                 count += math.prod(shape[:-2])
-                if isinstance(entry.node, PaddedKernel):
+                if isinstance(node, PaddedKernel):
                     self._padded.add(layer)
         self._amax = np.full(count, -1.0, np.float32)  # -1: not reached.
         self._order: dict[Path, int] = {}
@@ -47,27 +59,35 @@ class Watch:
         self._lock = threading.Lock()  # Callbacks come from the runtime's threads.
 
     def with_slots(self, params: Any, path: Path = ()) -> Any:
-        """The tree with a slot's number beside every kernel."""
+        """The tree with a slot's number beside every kernel.
+
+        Static scales go: an nn.Dense has one where the tree does, and is to run without.
+        """
         if not isinstance(params, Mapping):
             return params
         result = {key: self.with_slots(child, (*path, str(key))) for key, child in params.items()}
         if path in self._shapes:
-            shape = self._shapes[path]
-            numbers = np.arange(math.prod(shape), dtype=np.int32) + np.int32(self._starts[path])
-            result[_SLOT] = jnp.asarray(numbers.reshape(shape))
+            if self._quantized and path in self._padded:
+                result.pop("x_scale", None)
+            result[_SLOT] = self.slots(path)
         return result
+
+    def slots(self, path: Path) -> jax.Array:
+        """The numbers of a layer's matrices."""
+        shape = self._shapes[path]
+        numbers = np.arange(math.prod(shape), dtype=np.int32) + np.int32(self._starts[path])
+        return jax.device_put(numbers.reshape(shape))
 
     def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Look at the input of a layer, and run it with dynamic scales."""
         layer = context.module
-        if not isinstance(layer, PaddedFP8Dense) or context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if not layer.has_variable("params", _SLOT):
+        ours = isinstance(layer, PaddedFP8Dense) and context.method_name == "__call__"
+        stock = is_dense_call(context) and stored_kernel(layer) is not None
+        if not (ours or stock) or not layer.has_variable("params", _SLOT):
             return call(*args, **kwargs)
         slot: Any = layer.get_variable("params", _SLOT)
-        self._order.setdefault(tuple(layer.path), len(self._order))
-        args, kwargs = self._watched(layer, slot, args, kwargs)
-        if layer.static_x_scale and is_fp8(layer.param_dtype):
+        args, kwargs = self.watched(layer, slot, args, kwargs)
+        if ours and layer.static_x_scale and is_fp8(layer.param_dtype):
             x = args[0] if args else kwargs["inputs"]
             if not isinstance(x, QuantizedInput | tuple):
                 dynamic = layer.clone(parent=None, name=None, static_x_scale=False)
@@ -75,16 +95,25 @@ class Watch:
                 return dynamic.apply({"params": own}, *args, **kwargs)
         return call(*args, **kwargs)
 
-    def _watched(self, layer: Any, slot: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of a layer, whose input passes by `_note` on its way."""
+    def watched(self, layer: Any, slot: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a layer, whose input passes by `_note` on its way.
+
+        Args:
+            layer: it has a `path` and a `dtype`.
+            slot: the number of the matrix that it multiplies by.
+            args, kwargs: those of its call.
+        """
+        self._order.setdefault(tuple(layer.path), len(self._order))
         x = args[0] if args else kwargs["inputs"]
         if isinstance(x, QuantizedInput):
             x = dataclasses.replace(x, scale=x.scale * self._seen(self._note_quantized, slot))
         elif isinstance(x, tuple) and len(x) == 2:
             x = (x[0], x[1] * self._seen(self._note_quantized, slot))
-        elif hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and np.size(x):
-            wide = jnp.asarray(x, layer.dtype).astype(jnp.float32)
+        elif _is_real(x, layer) and np.size(x):
+            own = result_dtype(layer, x) if isinstance(layer, nn.Dense) else layer.dtype
+            wide = jnp.asarray(x, own).astype(jnp.float32)
             amax = absolute_maximum(wide, tuple(range(wide.ndim))).reshape(())
+            x = x if jnp.issubdtype(x.dtype, jnp.floating) else wide
             x = x * self._seen(self._note, slot, amax).astype(x.dtype)
         else:  # The layer refuses it, or there is nothing in it.
             return args, kwargs
@@ -136,7 +165,7 @@ class Watch:
                 node = tree
                 for key in path:
                     node = node.setdefault(key, {})
-                node["x_scale"] = scale_from_amax(jnp.asarray(amax))
+                node["x_scale"] = _scale_from_amax(jax.device_put(amax))
             elif ignored(path, ignore):
                 continue
             elif path in self._padded or (amax >= 0).any():
@@ -148,12 +177,12 @@ class Watch:
         if missing or not tree:
             raise ValueError(
                 (
-                    f"no batch reaches {len(missing)} PaddedFP8Dense layers: {', '.join(missing)}. "
+                    f"no batch reaches {len(missing)} {self._what}s: {', '.join(missing)}. "
                     "Give batches, or arguments of the model, that do, or name in `ignore` the "
                     "layers that are not to have a scale."
                 )
                 if missing
-                else "`model` calls no PaddedFP8Dense layer on a float input, so there is nothing "
+                else f"`model` calls no {self._what} on a float input, so there is nothing "
                 "to calibrate. Give the model whose layers are to have static scales."
             )
         return tree
@@ -180,6 +209,15 @@ class Watch:
             return path_name(path)
         index = np.unravel_index(slot - self._starts[path], self._shapes[path])
         return f"{path_name(path)}[{', '.join(map(str, map(int, index)))}]"
+
+
+_scale_from_amax = jax.jit(scale_from_amax)
+
+
+def _is_real(x: Any, layer: Any) -> bool:
+    """Whether a layer takes x as numbers; nn.Dense makes floats of integers."""
+    kinds = (jnp.floating, jnp.integer) if isinstance(layer, nn.Dense) else (jnp.floating,)
+    return hasattr(x, "dtype") and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
 def _matrix(node: Any) -> Any:

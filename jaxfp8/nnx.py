@@ -4,6 +4,8 @@
 nnx.State as they take a tree of Linen.
 """
 
+from jaxfp8._nnx_calibrate import calibrate as calibrate
+from jaxfp8._nnx_calibrate import set_x_scales as set_x_scales
 from jaxfp8._nnx_linear import PaddedFP8Linear as PaddedFP8Linear
 from jaxfp8._nnx_quantize import quantize_linears as quantize_linears
 from jaxfp8._nnx_quantize import quantized_paths as quantized_paths

@@ -8,7 +8,8 @@ from flax import nnx
 from nnx_cases import inputs, served
 from update_cases import assert_same_bits
 
-from jaxfp8.nnx import WEIGHTS, PaddedFP8Linear
+from jaxfp8.nnx import WEIGHTS, PaddedFP8Linear, reload_model
+from jaxfp8.padded import PaddedKernel
 
 
 def checkpoint(path, state):
@@ -43,3 +44,19 @@ def test_orbax_refuses_a_state_of_another_logical_size(tmp_path):
     )
     with pytest.raises(ValueError, match="20x30|18x30"):
         restore(tmp_path / "state", other)
+
+
+def test_a_state_restored_without_its_types_is_explained(tmp_path):
+    dense = nnx.Linear(20, 30, rngs=nnx.Rngs(0))
+    checkpoint(tmp_path / "state", nnx.state(dense))
+    with ocp.StandardCheckpointer() as checkpointer:
+        plain = checkpointer.restore(tmp_path / "state")
+    model = PaddedFP8Linear(20, 30, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"end in 'value'.*nnx\.eval_shape"):
+        reload_model(model, plain)
+    restored = restore(
+        tmp_path / "state", nnx.state(nnx.eval_shape(lambda: nnx.Linear(20, 30, rngs=nnx.Rngs(2))))
+    )
+    reload_model(model, restored)
+    want = PaddedKernel.from_dense(dense.kernel.get_value())
+    assert_same_bits(nnx.state(model, WEIGHTS)["kernel"].get_value(), want)
