@@ -7,6 +7,7 @@ choose with a C++ compiler's help.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,24 +90,30 @@ class Work:
 
     @staticmethod
     def of(kernel: str, memory: Memory, shape: Gemm) -> Work:
-        found = _NAME.fullmatch(kernel)
-        if found is None:
-            raise ValueError(f"{kernel!r} is no kernel's name.")
-        tile_m, tile_n, tile_k, cluster_m, cluster_n = map(int, found.groups()[3:])
-        m, n, k = shape.m, shape.n, shape.k
-        rows, columns = (n, m) if found[2] else (m, n)
-        span_m, span_n = tile_m * cluster_m, tile_n * cluster_n
-        clusters = -(-rows // span_m) * -(-columns // span_n)
-        waves = -(-clusters // (memory.multiprocessors // (cluster_m * cluster_n)))
-        once = n * k + m * k + 2.0 * m * n
-        again = max(clusters * (span_m + span_n) * k - once, 0)
-        time = once / memory.rate + again / memory.cache_rate + memory.start
-        return Work(waves, -(-k // tile_k), time)
+        waves, k_tiles, once, again = _counted(kernel, memory.multiprocessors, shape)
+        return Work(waves, k_tiles, once / memory.rate + again / memory.cache_rate + memory.start)
 
     def time(self, k_tile: float, tile: float, launch: float) -> float:
         """Microseconds."""
         compute = self.waves * (self.k_tiles * k_tile + tile) + launch
         return (compute**6 + self.memory_time**6) ** (1 / 6)
+
+
+@functools.cache
+def _counted(kernel: str, multiprocessors: int, shape: Gemm) -> tuple[int, int, float, float]:
+    """Waves of tiles, steps along K, and the bytes from the memory and from the cache."""
+    found = _NAME.fullmatch(kernel)
+    if found is None:
+        raise ValueError(f"{kernel!r} is no kernel's name.")
+    tile_m, tile_n, tile_k, cluster_m, cluster_n = map(int, found.groups()[3:])
+    m, n, k = shape.m, shape.n, shape.k
+    rows, columns = (n, m) if found[2] else (m, n)
+    span_m, span_n = tile_m * cluster_m, tile_n * cluster_n
+    clusters = -(-rows // span_m) * -(-columns // span_n)
+    waves = -(-clusters // (multiprocessors // (cluster_m * cluster_n)))
+    once = n * k + m * k + 2.0 * m * n
+    again = max(clusters * (span_m + span_n) * k - once, 0)
+    return waves, -(-k // tile_k), once, again
 
 
 def expected_time(row: Row, memory: Memory, shape: Gemm) -> float:
@@ -143,6 +150,7 @@ def read(path: Path = TABLE) -> Table:
     return Table(rows, Memory(int(values[0]), int(values[1]), *values[2:]))
 
 
+@functools.cache
 def tile_rows(kernel: str) -> int | None:
     """How many rows of x a kernel's tile has, by its name; None if that does not say."""
     found = _NAME.fullmatch(kernel)

@@ -1,23 +1,26 @@
 """The constants of every row of the kernel table, fitted again; edits nothing.
 
 Reads files that hold times of kernels by name, as `gemm --kernels all` and `gemm --between` write
-them, and cuda/src/table.h. For each row: the constants as they are and as these times would have
-them, and how far the fit is off. Then what the choice is worth with either: the best kernel's time
-/ the chosen one's, at the shapes of FILES and at those of `--check`, which are not fitted to. Then
-the shapes where another kernel is more than 2 % faster than the table's. Needs no GPU, but scipy.
+them, and cuda/src/table.h. For each row: the constants as they are, as these times would have them,
+how far that fit is off, and as a search from there would have them, by what the choices cost. Then
+what the choice is worth with each: the best kernel's time / the chosen one's, at the shapes of
+FILES and at those of `--check`, which are not fitted to. Then the shapes where another kernel is
+more than 2 % faster than the table's. Needs no GPU, but scipy.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import _report, _table
+from benchmarks import _report, _search, _table
 from benchmarks._timing import mean_and_worst
 from benchmarks.shapes import Gemm
 
@@ -30,6 +33,8 @@ LEAST_SHAPES = 6
 # is far from the best, how far matters little: it weighs (best / its time)^3.
 SOFT, WEIGHT_POWER = 0.05, 3
 START = (0.2, 1.0, 2.0)
+# What a choice costs: the logarithm of its time / the best one's, and more from 5 % on.
+TOLERABLE, BEYOND = 0.05, 8
 
 # Microseconds by shape and kernel.
 Times = Mapping[Gemm, Mapping[str, float]]
@@ -57,10 +62,13 @@ def run(options: argparse.Namespace) -> int:
         return 1
     rows = [fit(row, table.memory, times) for row in table.rows]
     fitted = table.with_rows([_table.Row(row["kernel"], *row["fitted"]) for row in rows])
+    searched = _search.refine(fitted, lambda candidate: cost(candidate, times))
+    for row, found in zip(rows, searched.rows, strict=True):
+        row["searched"] = (found.k_tile, found.tile, found.launch)
     choices = {
         f"{where}, {name}": quality(which, at)
         for where, at in (("fitted shapes", times), ("other shapes", held_out))
-        for name, which in (("the table", table), ("fitted again", fitted))
+        for name, which in (("table", table), ("fitted", fitted), ("searched", searched))
         if at
     }
     faster = faster_kernels(table, {**times, **held_out})
@@ -69,10 +77,19 @@ def run(options: argparse.Namespace) -> int:
         "is_gpu_number": all(content["is_gpu_number"] for content in contents),
         "measured": [content["environment"] for content in contents + checks],
         "rows": rows,
+        "memory": {
+            "written": dataclasses.asdict(table.memory),
+            "searched": dataclasses.asdict(searched.memory),
+        },
         "choices": choices,
         "faster": faster,
     }
     _print(rows, choices, faster)
+    rate, cache_rate = (1e-6 * r for r in (searched.memory.rate, searched.memory.cache_rate))
+    print(
+        f"Searched with a memory of {rate:.2f} TB/s that starts after {searched.memory.start:.2f} "
+        f"us, and {cache_rate:.0f} TB/s of the cache."
+    )
     _report.write_json(options.out, "tune", content)
     return 0
 
@@ -125,6 +142,12 @@ def quality(table: _table.Table, times: Times) -> dict[str, dict[str, Any]]:
     return {kind: mean_and_worst(ratios) for kind, ratios in found.items()}
 
 
+def cost(table: _table.Table, times: Times) -> float:
+    """What the choices of a table lose, over all shapes."""
+    losses = [-math.log(ratio) for *_, ratio in _compared(table, times)]
+    return sum(loss + BEYOND * max(0.0, loss - TOLERABLE) for loss in losses)
+
+
 def faster_kernels(table: _table.Table, times: Times) -> list[dict[str, Any]]:
     """The shapes where another kernel is faster by more than `WORTH`, the largest gain first."""
     found = [
@@ -166,12 +189,22 @@ def _print(
     choices: dict[str, dict[str, dict[str, Any]]],
     faster: list[dict[str, Any]],
 ) -> None:
-    columns = ["kernel", "shapes", "k_tile, tile, launch\nin the table", "fitted again", "off by"]
+    columns = [
+        "kernel",
+        "shapes",
+        "k_tile, tile, launch\nin the table",
+        "fitted",
+        "off by",
+        "searched",
+    ]
     lines: list[list[_report.Cell]] = []
     for row in rows:
         off = "-" if row["deviation"] is None else f"{row['deviation']:.1%}"
-        constants = [", ".join(f"{c:.3f}" for c in row[key]) for key in ("written", "fitted")]
-        lines.append([row["kernel"], str(row["shapes"]), *constants, off])
+        written, fitted, searched = (
+            ", ".join(f"{constant:.3f}" for constant in row[key])
+            for key in ("written", "fitted", "searched")
+        )
+        lines.append([row["kernel"], str(row["shapes"]), written, fitted, off, searched])
     _report.print_table("The table's rows, in microseconds", columns, lines)
     columns = ["choice", "accumulation", "shapes", "best / chosen", "worst", "at"]
     lines = [
