@@ -5,11 +5,13 @@ All that is wrong with the shapes of two trees is listed in one error, before an
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from flax.core.meta import AxisMetadata
@@ -22,6 +24,10 @@ from jaxfp8.shards import KernelShards
 
 
 Path: TypeAlias = tuple[str, ...]
+# Of an element of a stack, in the leading axes of a parameter.
+Index: TypeAlias = tuple[int, ...]
+
+_WITH_INDEX = re.compile(r"(.*?)((?:\[\d+\])+)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Entry:
     learns: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Write:
+# No dataclass: made of 225 layers it takes 0.3 ms less.
+class Write(NamedTuple):
     """One parameter that gets new content.
 
     Attributes:
@@ -83,6 +89,13 @@ def one_level(node: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(node, is_leaf=is_below)
 
 
+def mapping_like(node: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """These items in a mapping of the type of `node`: dict, FrozenDict, nnx.State, OrderedDict."""
+    if isinstance(node, collections.defaultdict):
+        return type(node)(node.default_factory, items)
+    return type(node)(items)  # type: ignore[call-arg]
+
+
 def unbox(node: Any) -> Any:
     """A parameter without its boxes: `nn.Partitioned`, other AxisMetadata, an NNX Variable.
 
@@ -103,22 +116,22 @@ def unbox(node: Any) -> Any:
 
 def entries(tree: Any) -> dict[Path, Entry]:
     """The parameters of a tree by path, without the `value` of NNX Variables."""
-    found: dict[Path, Entry] = {}
+    return dict(_walk(tree, (), 0, True))
 
-    def walk(tree: Any, above: Path, start: int, learns: bool) -> None:
-        for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_parameter)[0]:
-            stop = start + len(jax.tree.leaves(node))
-            path = (*above, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
-            content = unbox(node)
-            trains = learns and (is_variable(node, "Param") or not is_variable(node))
-            if is_variable(node) and not _is_one(content):
-                walk(content, path, start, trains)  # A Variable of several arrays.
-            else:
-                found[path] = Entry(content, slice(start, stop), trains)
-            start = stop
 
-    walk(tree, (), 0, True)
-    return found
+# No closure that calls itself: that would be a cycle, and hold both trees' arrays until Python's
+# collector comes by, which a loop of few Python objects may put off for long.
+def _walk(tree: Any, above: Path, start: int, learns: bool) -> Iterator[tuple[Path, Entry]]:
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_parameter)[0]:
+        stop = start + len(jax.tree.leaves(node))
+        path = (*above, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
+        content = unbox(node)
+        trains = learns and (is_variable(node, "Param") or not is_variable(node))
+        if is_variable(node) and not _is_one(content):
+            yield from _walk(content, path, start, trains)  # A Variable of several arrays.
+        else:
+            yield path, Entry(content, slice(start, stop), trains)
+        start = stop
 
 
 def _is_one(content: Any) -> bool:
@@ -129,6 +142,19 @@ def _is_one(content: Any) -> bool:
 def path_name(path: Path) -> str:
     """`("Dense_0", "kernel")` as `Dense_0/kernel`."""
     return "/".join(path) or "(the tree itself)"
+
+
+def split_path(path: str) -> tuple[str, Index]:
+    """`"layers/kernel[3]"` as the path of the stack and the index into it, which may be empty."""
+    found = _WITH_INDEX.fullmatch(path)
+    if found is None:
+        return path, ()
+    return found[1], tuple(int(i) for i in re.findall(r"\d+", found[2]))
+
+
+def shown_index(index: Index) -> str:
+    """An index as `split_path` reads it."""
+    return "".join(f"[{i}]" for i in index)
 
 
 def is_calibration(path: Path, tree: dict[Path, Entry]) -> bool:
@@ -150,6 +176,7 @@ def account(params: Any, loaded: Any, *, partial: bool, ignore: str | Sequence[s
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     missing: list[Path] = []
     valueless: list[Path] = []
+    uncalibrated: list[Path] = []
     refused: list[tuple[Path, Exception]] = []
     writes: list[Write] = []
     for path, target in targets.items():
@@ -163,16 +190,25 @@ def account(params: Any, loaded: Any, *, partial: bool, ignore: str | Sequence[s
                 writes.append(Write(path_name(path), arrays, target.slots, conversion, read))
                 continue
         except (TypeError, ValueError) as error:
-            refused.append((path, error))
+            refused.append((path, error.with_traceback(None)))  # It holds this frame.
             continue
+        kernel = (*path[:-1], "kernel")
         if not (partial or is_calibration(path, targets)):
             missing.append(path)
+        elif not partial and is_quantized(getattr(sources.get(kernel), "node", None)):
+            uncalibrated.append(path)
         elif any(map(is_abstract, arrays)):
             valueless.append(path)
     unexpected = [p for p in sources if p not in targets and not ignored(p, patterns)]
-    if missing or valueless or unexpected or refused:
-        raise _mismatch(missing, valueless, unexpected, refused)
+    if missing or valueless or uncalibrated or unexpected or refused:
+        raise _mismatch(missing, valueless, uncalibrated, unexpected, refused)
     return writes
+
+
+def is_quantized(loaded: object) -> bool:
+    """Whether a loaded weight is of an FP8 checkpoint: its x_scale is beside it, or it has none."""
+    parts = loaded.shards.values() if isinstance(loaded, KernelShards) else (loaded,)
+    return any(isinstance(part, FP8Weight) for part in parts)
 
 
 def ignored(path: Path, patterns: Iterable[str]) -> bool:
@@ -184,6 +220,7 @@ def ignored(path: Path, patterns: Iterable[str]) -> bool:
 def _mismatch(
     missing: list[Path],
     valueless: list[Path],
+    uncalibrated: list[Path],
     unexpected: list[Path],
     refused: list[tuple[Path, Exception]],
 ) -> Exception:
@@ -202,6 +239,13 @@ def _mismatch(
             f"({len(valueless)}): {listed(valueless)}. Add them to `loaded`, or start from the "
             "arrays of `init` instead of `jax.eval_shape`."
         )
+    if uncalibrated:
+        lines.append(
+            f"Static scales of inputs that a quantized weight in `loaded` does not bring "
+            f"({len(uncalibrated)}): {listed(uncalibrated)}. Give the layers "
+            "static_x_scale=False, as their checkpoint has dynamic activations, or get scales "
+            "from `calibrate`; with partial=True the present ones are kept."
+        )
     if unexpected:
         lines.append(
             f"Unexpected in `loaded` ({len(unexpected)}): {listed(unexpected)}. Remove them, or "
@@ -212,7 +256,7 @@ def _mismatch(
     if refused:
         lines.append(f"Mismatched ({len(refused)}):")
         lines.extend(f"  {path_name(path)}: {error}" for path, error in refused)
-    only_types = not (missing or valueless or unexpected) and all(
+    only_types = not (missing or valueless or uncalibrated or unexpected) and all(
         isinstance(error, TypeError) for _, error in refused
     )
     return (TypeError if only_types else ValueError)("\n".join(lines))
@@ -224,4 +268,10 @@ def _nesting_hint(missing: list[Path], unexpected: list[Path]) -> list[str]:
         return [f"Did you mean to pass loaded[{unexpected[0][0]!r}]?"]
     if {path[1:] for path in missing} & set(unexpected):
         return [f"Did you mean to pass {{{missing[0][0]!r}: loaded}}?"]
+    # A State as nested dicts: what Orbax gives back where it was not told the types.
+    if {path[:-1] for path in unexpected if path[-1:] == ("value",)} & set(missing):
+        return [
+            "Its paths end in 'value', as those of an nnx.State that was restored into plain dicts "
+            "do. Restore it into `nnx.state(nnx.eval_shape(make_model))` of the model saved."
+        ]
     return []

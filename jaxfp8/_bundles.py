@@ -22,7 +22,7 @@ from jaxfp8 import _cutlass, _weights
 from jaxfp8._accounting import Write
 from jaxfp8._convert import Carry, Conversion, Copy, Quantize
 from jaxfp8._lazy import put
-from jaxfp8._placement import Spec
+from jaxfp8._placement import Spec, in_device_memory, together
 from jaxfp8.padded import Layout
 
 
@@ -42,6 +42,10 @@ class Method(Protocol):
     @property
     def transposes(self) -> bool:
         """Whether the loaded matrices are turned on their way."""
+
+    @property
+    def leading(self) -> int:
+        """How many axes the parameter has before those that its sources have too."""
 
     def measure(self, sources: Sequence[Arrays]) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """What `write` needs to know of all sources, and for each the flags.
@@ -69,6 +73,7 @@ class OneByOne:
     """Parameters that are converted in the same way, each by XLA."""
 
     conversion: Conversion
+    leading = 0
 
     @property
     def transposes(self) -> bool:
@@ -103,6 +108,7 @@ class ByKernel:
 
     layout: Layout
     unchecked: bool
+    leading = 0
 
     @property
     def transposes(self) -> bool:
@@ -125,27 +131,74 @@ class ByKernel:
         return replace(buffers, wanted, fresh)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Facts:
+    """What of the arrays that parameters are made from follows from their shapes and places.
+
+    Attributes:
+        nbytes: their bytes.
+        device: the one device that programs read them on; None where they lie apart, or are still
+            to be sent.
+    """
+
+    nbytes: int
+    device: jax.Device | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Writes that one program does, and how; all have the shapes and placement of the first."""
+    """Writes that one program does, and how; all have the shapes and placement of the first.
+
+    Attributes:
+        writes: the parameters.
+        method: how they are measured and written.
+        place: what `method.write` is told besides what was measured: where in the parameter.
+        facts: what `known` gives, if it was found before.
+    """
 
     writes: tuple[Write, ...]
     method: Method
+    place: Carry = ()
+    facts: Facts | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The paths of the parameters."""
         return tuple(write.name for write in self.writes)
 
+    @property
+    def sources(self) -> list[Any]:
+        """The loaded arrays of all parameters."""
+        return [source for write in self.writes for source in write.sources]
+
+    @functools.cached_property
+    def known(self) -> Facts:
+        """What follows from their shapes and places."""
+        if self.facts is not None:
+            return self.facts
+        devices = set(map(_device, self.sources))
+        device = devices.pop() if len(devices) == 1 else None
+        return Facts(sum(source.nbytes for source in self.sources), device)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of these."""
+        return self.known.nbytes
+
+    @property
+    def coming(self) -> list[Any]:
+        """Of these, what may still have to be sent."""
+        return self.sources if self.known.device is None else []
+
     def measure(self) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """The carry, and for each parameter the flags [weights finite, scales valid]."""
         if isinstance(self.method, ByKernel) and self.method.unchecked:
             return measure(self.method, ((),) * len(self.writes))  # which sends nothing
-        sources = tuple(tuple(map(_on_device, write.sources)) for write in self.writes)
-        # A `jit` of uncommitted arrays runs on the default device, wherever they lie.
-        devices = {_device(array) for arrays in sources for array in arrays}
-        where = devices.pop() if len(devices) == 1 else None
-        with contextlib.nullcontext() if where is None else jax.default_device(where):
+        if self.known.device is not None:
+            with jax.default_device(self.known.device):
+                return measure(self.method, tuple(write.sources for write in self.writes))
+        sources = tuple(together(tuple(map(on_device, write.sources))) for write in self.writes)
+        with where_they_lie([array for arrays in sources for array in arrays]):
             return measure(self.method, sources)
 
 
@@ -198,8 +251,19 @@ def measure(
     return method.measure(sources)
 
 
-def _on_device(source: Any) -> jax.Array:
-    return source if isinstance(source, jax.Array) else put(source)
+def on_device(source: Any) -> jax.Array:
+    """A loaded array as programs read it."""
+    return in_device_memory(source) if isinstance(source, jax.Array) else put(source)
+
+
+def where_they_lie(arrays: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """Runs a `jit` of uncommitted arrays on their device, which is else the default one.
+
+    Arrays of several devices it leaves to `jit`.
+    """
+    devices = set(map(_device, arrays))
+    where = devices.pop() if len(devices) == 1 else None
+    return contextlib.nullcontext() if where is None else jax.default_device(where)
 
 
 def _cuda_device(arrays: Sequence[Any]) -> jax.Device | None:

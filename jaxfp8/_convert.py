@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxfp8.padded import Layout, pad_quantized
 from jaxfp8.quantize import MIN_SCALE, absolute_maximum, cast_to_fp8, scale_from_amax
@@ -32,7 +33,20 @@ def _flags(finite: Any, scales_valid: Any = True) -> Bool[Array, " flags"]:
 
 
 def _all_finite(x: Shaped[Array, "*shape"]) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(x.astype(jnp.float32)))
+    # Not wider dtypes: what float64 and complex numbers hold may be infinite in float32.
+    return jnp.all(jnp.isfinite(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x))
+
+
+def _rounded(x: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
+    """`x.astype(dtype)`, so that what overflows float16 or bfloat16 is infinite in any program.
+
+    XLA leaves out the rounding where it computes with the result in float32, on a GPU in that of
+    `_all_finite` (xla_allow_excess_precision); not this one.
+    """
+    if dtype in (jnp.float16, jnp.bfloat16) and x.dtype.itemsize > 2:
+        info = jnp.finfo(dtype)
+        x = lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
 
 
 def _valid_scale(scale: Float32[Array, "*s"]) -> Bool[Array, ""]:
@@ -138,9 +152,9 @@ class Copy:
 
     def measure(self, x: Shaped[Array, "*shape"]) -> tuple[Carry, Bool[Array, " flags"]]:
         """Whether the values are finite in the parameter's own dtype."""
-        if not jnp.issubdtype(self.dtype, jnp.floating):
+        if not jnp.issubdtype(self.dtype, jnp.inexact):
             return (), _flags(True)
-        x = x.astype(self.dtype)
+        x = _rounded(x, self.dtype)
         if self.is_scale:
             return (), _flags(True, _valid_scale(x.astype(jnp.float32)))
         return (), _flags(_all_finite(x))

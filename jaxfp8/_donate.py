@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding, auto_axes
 
 from jaxfp8._accounting import Write, entries, path_name
-from jaxfp8._bundles import Bundle, Method
+from jaxfp8._bundles import Bundle, Facts, Method
 from jaxfp8._convert import Carry
 from jaxfp8._placement import (
     Spec,
     bring,
     devices_key,
+    element_sharding,
     is_explicit,
     replicated,
     source_sharding,
@@ -34,45 +36,88 @@ Program = Callable[[tuple[Arrays, ...], Carry, tuple[Arrays, ...]], tuple[Arrays
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What of a Step follows from shapes and places.
+
+    Attributes:
+        slots: where the arrays of each parameter lie in the flattened `params`.
+        program: what writes them.
+        carry_shardings, source_shardings: where the program wants these; the latter of each.
+        settled: whether the sources are there.
+    """
+
+    slots: tuple[tuple[int, ...], ...]
+    program: Program
+    carry_shardings: tuple[Sharding, ...]
+    source_shardings: tuple[Sharding, ...]
+    settled: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """One compiled write, of one parameter or of several alike.
 
     Attributes:
         bundle: the parameters.
-        slots: where the arrays of each lie in the flattened `params`.
-        program: what writes them.
         carry: what `measure` computed.
-        carry_shardings, source_shardings: where the program wants these; the latter of each.
+        prepared: all else.
     """
 
     bundle: Bundle
-    slots: tuple[tuple[int, ...], ...]
-    program: Program
     carry: Carry
-    carry_shardings: tuple[Sharding, ...]
-    source_shardings: tuple[Sharding, ...]
+    prepared: Prepared
+
+    @property
+    def slots(self) -> tuple[tuple[int, ...], ...]:
+        """Where the arrays of each parameter lie in the flattened `params`."""
+        return self.prepared.slots
+
+    @property
+    def program(self) -> Program:
+        """What writes them."""
+        return self.prepared.program
 
     def run(self, leaves: list[Any], shared: set[Buffer]) -> None:
         """Write the new content into `leaves`; buffers in `shared` are replaced instead."""
-        buffers = tuple(tuple(_own(leaves[i], shared) for i in slots) for slots in self.slots)
-        carry = tuple(map(bring, self.carry, self.carry_shardings))
-        sources = tuple(
-            tuple(map(bring, write.sources, self.source_shardings)) for write in self.bundle.writes
-        )
+        here = self.prepared
+        buffers = tuple(tuple(_own(leaves[i], shared) for i in slots) for slots in here.slots)
+        carry = tuple(map(bring, self.carry, here.carry_shardings))
+        sources = tuple(write.sources for write in self.bundle.writes)
+        if not here.settled:
+            sources = tuple(tuple(map(bring, arrays, here.source_shardings)) for arrays in sources)
         with jax.disable_jit(False):  # JAX refuses to run compiled programs under disable_jit.
             fresh = self.program(buffers, carry, sources)
-        for slots, arrays in zip(self.slots, fresh, strict=True):
+        for slots, arrays in zip(here.slots, fresh, strict=True):
             for slot, array in zip(slots, arrays, strict=True):
                 leaves[slot] = array
 
 
 def _own(leaf: jax.Array, shared: set[Buffer]) -> jax.Array:
-    return leaf.copy() if addresses(leaf) & shared else leaf
+    return leaf.copy() if shared and not shared.isdisjoint(addresses(leaf)) else leaf
 
 
 def steps(bundle: Bundle, carry: Carry) -> list[Step]:
-    """Compile a bundle: one program, or more if the arrays of a parameter lie apart."""
-    first = bundle.writes[0]
+    """Compile a bundle: one program, or more if the arrays of a parameter lie apart.
+
+    Args:
+        bundle: the parameters.
+        carry: what `bundle.measure` gave.
+    """
+    carry = (*bundle.place, *carry)
+    found = None if bundle.facts is None else _prepared.get(bundle.facts)
+    if found is None:
+        found = _prepare(bundle, carry)
+        if bundle.facts is not None:
+            _prepared[bundle.facts] = found
+    return [Step(bundle, carry, prepared) for prepared in found]
+
+
+# Of bundles whose facts are remembered, with a plan.
+_prepared: weakref.WeakKeyDictionary[Facts, list[Prepared]] = weakref.WeakKeyDictionary()
+
+
+def _prepare(bundle: Bundle, carry: Carry) -> list[Prepared]:
+    first, leading = bundle.writes[0], bundle.method.leading
     groups: dict[Any, list[int]] = {}
     specs = [Spec.of(target) for target in first.targets]
     for index, spec in enumerate(specs):
@@ -83,7 +128,12 @@ def steps(bundle: Bundle, carry: Carry) -> list[Step]:
         where, ndim = targets[0].sharding, len(targets[0].shape)
         carry_shardings = tuple(replicated(where) for _ in carry)
         source_shardings = tuple(
-            source_sharding(source, where, ndim, transposes=bundle.method.transposes)
+            source_sharding(
+                source,
+                element_sharding(where, leading),
+                ndim - leading,
+                transposes=bundle.method.transposes,
+            )
             for source in first.sources
         )
         program = _compile(
@@ -95,7 +145,12 @@ def steps(bundle: Bundle, carry: Carry) -> list[Step]:
             _input_specs(first.sources, source_shardings, targets[0].committed),
         )
         slots = tuple(tuple(w.slots.start + index for index in wanted) for w in bundle.writes)
-        result.append(Step(bundle, slots, program, carry, carry_shardings, source_shardings))
+        settled = bundle.known.device is not None and all(
+            source.sharding == sharding
+            for write in bundle.writes
+            for source, sharding in zip(write.sources, source_shardings, strict=True)
+        )
+        result.append(Prepared(slots, program, carry_shardings, source_shardings, settled))
     return result
 
 
@@ -142,43 +197,74 @@ def _input_specs(
 Buffer = tuple[int, int]
 
 
-def addresses(leaf: Any) -> set[Buffer]:
-    """Device and address of each buffer of an array; empty for what has none to overwrite."""
-    if (
-        not isinstance(leaf, jax.Array)
-        or isinstance(leaf, jax.core.Tracer)
-        or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        or leaf.is_deleted()
-        or leaf.size == 0
-    ):
-        return set()
-    if isinstance(leaf.sharding, SingleDeviceSharding):  # The same, at a third of the time.
-        device: Any = next(iter(leaf.sharding.device_set))
-        return {(device.id, leaf.unsafe_buffer_pointer())}
-    shards = (shard.data for shard in leaf.addressable_shards)
-    return {(shard.device.id, shard.unsafe_buffer_pointer()) for shard in shards}
+@functools.cache
+def _is_extended(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
 
-def check_donatable(params: Any, writes: Sequence[Write]) -> None:
-    """Check that the arrays to be written can be overwritten, and harm no other leaf.
+@functools.cache
+def _is_concrete(kind: Any) -> bool:
+    return issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer)
+
+
+def addresses(*leaves: Any) -> list[Buffer]:
+    """Device and address of each buffer of some arrays; none of what has none to overwrite."""
+    found = []
+    for leaf in leaves:
+        kind: Any = type(leaf)
+        if (
+            not _is_concrete(kind)
+            or _is_extended(leaf.dtype)
+            or leaf.is_deleted()
+            or 0 in leaf.shape
+        ):
+            continue
+        sharding = leaf.sharding
+        if isinstance(sharding, SingleDeviceSharding):  # The same, at a third of the time.
+            device: Any = next(iter(sharding.device_set))
+            found.append((device.id, leaf.unsafe_buffer_pointer()))
+            continue
+        shards = (shard.data for shard in leaf.addressable_shards)
+        found += [(shard.device.id, shard.unsafe_buffer_pointer()) for shard in shards]
+    return found
+
+
+def check_writable(writes: Sequence[Write]) -> None:
+    """Check that the arrays to be written are of a kind that can be overwritten.
 
     Raises:
         TypeError: if one is traced, abstract or a numpy array.
-        ValueError: if it shares a buffer with another leaf, or its sharding is not supported.
+        ValueError: if its sharding is not supported.
     """
     for write in writes:
         for target in write.targets:
             _check_buffer(write.name, target)
-    held = [buffer for leaf in jax.tree.leaves(params) for buffer in addresses(leaf)]
-    if len(set(held)) == len(held):
-        return
-    owners: dict[Buffer, list[str]] = {}
+
+
+def check_unshared(params: Any, writes: Iterable[Write]) -> set[Buffer]:
+    """Check that writing harms no other leaf of `params`, and give the buffers of them all.
+
+    Args:
+        params: the tree.
+        writes: what is to be overwritten.
+
+    Raises:
+        ValueError: if one of them shares a buffer with another leaf.
+    """
+    held = addresses(*jax.tree.leaves(params))
+    if len(distinct := set(held)) == len(held):
+        return distinct
+    owners: dict[Buffer, list[tuple[int, str]]] = {}
     for path, entry in entries(params).items():
         for leaf in jax.tree.leaves(entry.node):
             for buffer in addresses(leaf):
-                owners.setdefault(buffer, []).append(path_name(path))
-    written = {write.name for write in writes}
-    tied = {tuple(names) for names in owners.values() if len(names) > 1 and written & {*names}}
+                owners.setdefault(buffer, []).append((entry.slots.start, path_name(path)))
+    written = {write.slots.start for write in writes}
+    tied = {
+        tuple(name for _, name in owning)
+        for owning in owners.values()
+        if len(owning) > 1 and any(start in written for start, _ in owning)
+    }
     if tied:
         listed = "; ".join(" and ".join(names) for names in sorted(tied))
         raise ValueError(
@@ -186,6 +272,7 @@ def check_donatable(params: Any, writes: Sequence[Write]) -> None:
             "one would delete the other. Give each its own, for example with "
             "`jax.tree.map(jnp.copy, params)`, or use `update_params`."
         )
+    return distinct
 
 
 def _check_buffer(name: str, target: Any) -> None:
@@ -201,6 +288,13 @@ def _check_buffer(name: str, target: Any) -> None:
             "write into. Make the tree once with `update_params` or `jax.device_put`, then "
             "reload it."
         )
+    if not _is_extended(target.dtype):
+        dtype = jax.dtypes.canonicalize_dtype(target.dtype)
+        if dtype != target.dtype:
+            raise TypeError(
+                f"{name} of `params` is {target.dtype}, but jax_enable_x64 is off, so no program "
+                f"can write more than {dtype}. Reload it within `jax.enable_x64(True)`."
+            )
     if not isinstance(target.sharding, SingleDeviceSharding | NamedSharding):
         raise ValueError(
             f"{name} of `params` has a {type(target.sharding).__name__}, but `reload_params` "

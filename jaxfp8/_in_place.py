@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxfp8._accounting import Entry, Path, Write, entries, ignored, is_calibration, path_name
+from jaxfp8._accounting import (
+    Entry,
+    Path,
+    Write,
+    entries,
+    ignored,
+    is_calibration,
+    is_quantized,
+    path_name,
+    split_path,
+)
 from jaxfp8._bundles import Bundle, bundles
-from jaxfp8._convert import Carry, Conversion, Copy
-from jaxfp8._donate import Buffer, Step, addresses, check_donatable, steps
+from jaxfp8._convert import Conversion, Copy
+from jaxfp8._donate import Buffer, Step, addresses, check_unshared, check_writable, steps
+from jaxfp8._elements import abstract_element, at, element_of
 from jaxfp8._leaf import check_target
-from jaxfp8._placement import bring, no_mesh, source_sharding
+from jaxfp8._placement import bring, element_sharding, no_mesh, source_sharding
 from jaxfp8._rows import Rows
 from jaxfp8._shards import features_of, plan, plan_rows
-from jaxfp8._tally import Tally, declared_shards, shown
-from jaxfp8.update import ReloadError, value_problems
+from jaxfp8._tally import Part, Tally, declared_shards
+from jaxfp8._values import value_problems
+from jaxfp8.update import ReloadError
 
 
 class InPlace:
@@ -32,6 +45,12 @@ class InPlace:
         _check_params(params, self._entries)
         self.tally = Tally(self._entries, declared_shards(shards, self._entries))
         self._names = {"/".join(path): path for path in self._entries}
+        if len(self._names) < len(self._entries):
+            (name, _), *_ = collections.Counter(map("/".join, self._entries)).most_common(1)
+            raise ValueError(
+                f"`params` has two leaves of one path, {name}: a key with '/' in it means the same "
+                "as a dict within a dict. Rename one, or use `reload_params`."
+            )
         self._leaves, self._treedef = jax.tree.flatten(params)
         self._ignore = ignore
         self._allow_nonfinite = allow_nonfinite
@@ -41,34 +60,42 @@ class InPlace:
         """The tree as it is now."""
         return jax.tree.unflatten(self._treedef, self._leaves)
 
+    def part(self, path: str, shard: str | None = None) -> Part:
+        """What a path names: a leaf, or one element of a stack."""
+        if not isinstance(path, str):
+            raise TypeError(
+                "`path` must be a str such as 'layers_0/mlp/kernel', but it is a "
+                f"{type(path).__name__}."
+            )
+        literal = any(name == path or name.startswith(f"{path}/") for name in self._names)
+        name, index = (path, ()) if literal else split_path(path)
+        return Part(name, index, shard)
+
     @no_mesh()
-    def put(
-        self, values: Mapping[str, Any], shard: str | None, on_write: Callable[[int], None]
-    ) -> None:
+    def put(self, values: Mapping[Part, Any], on_write: Callable[[int], None]) -> None:
         """Check all values, and then write them; `on_write` is told the bytes of each.
 
         Raises:
             TypeError, ValueError: if one cannot be written; none has been then.
             ReloadError: if the device failed.
         """
-        plans: dict[str, tuple[Conversion, tuple[Any, ...]]] = {}
-        problems: dict[str, Exception] = {}
-        for name, value in values.items():
-            if name not in self._names and ignored(tuple(name.split("/")), self._ignore):
+        plans: dict[Part, tuple[Conversion, tuple[Any, ...]]] = {}
+        problems: dict[Part, Exception] = {}
+        for part, value in values.items():
+            if part.name not in self.tally and ignored(tuple(part.name.split("/")), self._ignore):
                 continue
             try:
-                self.tally.check_new(name, shard)
-                plans[name] = self._plan(name, value, shard)
+                self.tally.check_new(part)
+                plans[part] = self._plan(part, value)
             except (TypeError, ValueError) as error:
-                problems[name] = error
+                problems[part] = error.with_traceback(None)  # It holds this frame.
         if problems:
             types = all(isinstance(error, TypeError) for error in problems.values())
-            lines = [f"  {shown(name, shard)}: {error}" for name, error in problems.items()]
+            lines = [f"  {part}: {error}" for part, error in problems.items()]
             raise (TypeError if types else ValueError)(_refusal(values, lines))
-        writes = {name: self._send(name, shard, *found) for name, found in plans.items()}
-        alike = {name: self._bundle(name, write, shard) for name, write in writes.items()}
-        measured = {name: bundle.measure() for name, bundle in alike.items()}
-        flags = [(alike[name].names, flags) for name, (_, flags) in measured.items()]
+        alike = {part: self._bundle(part, *found) for part, found in plans.items()}
+        measured = {part: bundle.measure() for part, bundle in alike.items()}
+        flags = [(alike[part].names, flags) for part, (_, flags) in measured.items()]
         if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
             raise TypeError(
                 "a `reload_stream` overwrites buffers and cannot be used under jit, vmap or grad, "
@@ -76,69 +103,62 @@ class InPlace:
             )
         if lines := value_problems(flags, allow_nonfinite=self._allow_nonfinite):
             raise ValueError(_refusal(values, lines))
-        todo = {
-            name: self._steps(name, bundle, measured[name][0], shard)
-            for name, bundle in alike.items()
-        }
-        shared = set().union(*map(addresses, jax.tree.leaves(values)))
+        todo = {part: steps(bundle, measured[part][0]) for part, bundle in alike.items()}
+        given = jax.tree.leaves(list(values.values()))
+        shared = set(addresses(*given))
         sizes = []
-        for name, parts in todo.items():
-            self._run(parts, shared)
-            sizes.append(self.tally.record(name, shard))
-        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
-            self._release_host_arrays(writes.values())
+        for part, programs in todo.items():
+            self._run(part, programs, shared)
+            sizes.append(self.tally.record(part))
+            if is_quantized(values[part]):
+                self.tally.want_x_scale(part.name)
+        if not all(isinstance(leaf, jax.Array) for leaf in given):
+            self._release_host_arrays(w for bundle in alike.values() for w in bundle.writes)
         for size in sizes:
             on_write(size)
 
-    def _target(self, name: str) -> Any:
-        """A parameter as it is now, without boxes."""
-        entry = self._entries[self._names[name]]
-        return jax.tree.unflatten(jax.tree.structure(entry.node), self._leaves[entry.slots])
+    def _target(self, part: Part) -> Any:
+        """A parameter as it is now, without boxes; of one element the shapes."""
+        entry = self._entries[self._names[part.name]]
+        whole = jax.tree.unflatten(jax.tree.structure(entry.node), self._leaves[entry.slots])
+        return abstract_element(whole, part.index) if part.index else whole
 
-    def _plan(self, name: str, value: Any, shard: str | None) -> tuple[Conversion, tuple[Any, ...]]:
-        if shard is not None:
-            start, stop = self.tally.rows(name, shard)
-            return plan_rows(self._target(name), stop - start, value)
-        is_scale = is_calibration(self._names[name], self._entries)
-        return plan(self._target(name), value, is_scale=is_scale)
+    def _plan(self, part: Part, value: Any) -> tuple[Conversion, tuple[Any, ...]]:
+        target = self._target(part)
+        if part.shard is not None:
+            start, stop = self.tally.rows(part.name, part.shard)
+            return plan_rows(target, stop - start, value)
+        is_scale = is_calibration(self._names[part.name], self._entries)
+        return plan(target, value, is_scale=is_scale)
 
-    def _send(
-        self, name: str, shard: str | None, conversion: Conversion, sources: tuple[Any, ...]
-    ) -> Write:
-        """Bring what a parameter is made from to where it lies: once, for check and write."""
-        slots = self._entries[self._names[name]].slots
+    def _bundle(self, part: Part, conversion: Conversion, sources: tuple[Any, ...]) -> Bundle:
+        """The write of a part, what it is made from brought to where it lies: once, for both."""
+        slots = self._entries[self._names[part.name]].slots
         targets = tuple(self._leaves[slots])
-        where, ndim, turned = targets[0].sharding, targets[0].ndim, conversion.transposes
+        leading = len(part.index)
+        where, ndim = element_sharding(targets[0].sharding, leading), targets[0].ndim - leading
         sources = tuple(
             s
             if isinstance(s, jax.core.Tracer)
-            else bring(s, source_sharding(s, where, ndim, transposes=turned))
+            else bring(s, source_sharding(s, where, ndim, transposes=conversion.transposes))
             for s in sources
         )
-        return Write(shown(name, shard), targets, slots, conversion, sources)
-
-    def _bundle(self, name: str, write: Write, shard: str | None) -> Bundle:
-        if shard is None:
+        write = Write(str(part), targets, slots, conversion, sources)
+        if part.shard is None:
             (bundle,) = bundles([write], unchecked=self._allow_nonfinite)
-            return bundle
-        start, stop = self.tally.rows(name, shard)
-        features = features_of(self._target(name))
-        return Bundle((write,), Rows(write.conversion, stop - start, features))
+        else:
+            start, stop = self.tally.rows(part.name, part.shard)
+            rows = Rows(conversion, stop - start, features_of(self._target(part)))
+            bundle = Bundle((write,), rows, at((start,)))
+        return element_of(bundle, part.index) if part.index else bundle
 
-    def _steps(self, name: str, bundle: Bundle, carry: Carry, shard: str | None) -> list[Step]:
-        if shard is not None:
-            start, _ = self.tally.rows(name, shard)
-            carry = (jax.device_put(np.int32(start)), *carry)
-        return steps(bundle, carry)
-
-    def _run(self, parts: list[Step], shared: set[Buffer]) -> None:
-        for step in parts:
+    def _run(self, part: Part, programs: list[Step], shared: set[Buffer]) -> None:
+        for step in programs:
             try:
                 step.run(self._leaves, shared)
             except Exception as error:
-                (name,) = step.bundle.names
-                what = f"failed on the device while it wrote {name}: {error}"
-                raise self.stopped(what, name) from error
+                what = f"failed on the device while it wrote {part}: {error}"
+                raise self.stopped(what, part) from error
 
     def _release_host_arrays(self, writes: Iterable[Write]) -> None:
         # They have been sent once the copies on the device are ready. A CPU has no copies: it reads
@@ -149,22 +169,26 @@ class InPlace:
                 if any(device.platform == "cpu" for device in leaf.devices()):
                     leaf.block_until_ready()
 
-    def stopped(self, why: str, failed: str = "") -> ReloadError:
+    def stopped(self, why: str, failed: Part | None = None) -> ReloadError:
         """The error that says what is new and what is old, and holds the tree as it is."""
-        updated = self.tally.updated()
-        old = [name for name in self.tally.old() if name != failed]
+        if failed is not None:
+            slots = self._entries[self._names[failed.name]].slots
+            if any(leaf.is_deleted() for leaf in self._leaves[slots]):
+                failed = Part(failed.name)  # The other elements and shards were in its buffers.
+        updated = tuple(str(part) for part in self.tally.updated() if not part.within(failed))
+        old = tuple(str(part) for part in self.tally.old() if not part.within(failed))
         message = (
             f"this reload_stream {why}. Already new: {', '.join(updated) or 'nothing'}. Still old: "
             f"{', '.join(old) or 'nothing'}. The tree as it is now is this error's `params` "
             "attribute (and the stream's): do not serve it, reload it whole or open another "
             "`reload_stream` on it and put what is old."
         )
-        if failed:
+        if failed is not None:
             message += f" The buffers of {failed} may be gone: build that layer anew then."
-        return ReloadError(message, self.params, updated, (failed,) if failed else ())
+        return ReloadError(message, self.params, updated, () if failed is None else (str(failed),))
 
 
-def _refusal(values: Mapping[str, Any], lines: list[str]) -> str:
+def _refusal(values: Mapping[Part, Any], lines: list[str]) -> str:
     what = "this leaf" if len(values) == 1 else f"these {len(values)} leaves"
     return f"`put` was refused, and nothing of {what} has been changed:\n" + "\n".join(lines)
 
@@ -176,7 +200,7 @@ def _check_params(params: Any, tree: Mapping[Path, Entry]) -> None:
         try:
             check_target(entry.node)
         except (TypeError, ValueError) as error:
-            problems[path_name(path)] = error
+            problems[path_name(path)] = error.with_traceback(None)
         arrays = tuple(jax.tree.leaves(entry.node))
         writes.append(Write(path_name(path), arrays, entry.slots, Copy(np.dtype(np.float32)), ()))
     if problems:
@@ -185,4 +209,5 @@ def _check_params(params: Any, tree: Mapping[Path, Entry]) -> None:
             "`params` cannot be reloaded, and nothing has been changed:\n"
             + "\n".join(f"  {name}: {error}" for name, error in problems.items())
         )
-    check_donatable(params, writes)
+    check_writable(writes)
+    check_unshared(params, writes)

@@ -106,6 +106,11 @@ def _array(leaf: Any, what: str) -> Any:
             f"{what} is a {type(leaf).__name__}, not an array. Convert it to a numpy or a JAX "
             "array first."
         )
+    if not getattr(leaf.dtype, "isnative", True):
+        raise TypeError(
+            f"{what} is {leaf.dtype}, of the other byte order, which JAX does not take. Pass "
+            f"`w.astype({leaf.dtype.newbyteorder('=').name!r})`."
+        )
     if is_deleted(leaf):
         raise ValueError(
             f"{what} is deleted: its buffer was donated to a jitted function. Pass the tree which "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jaxfp8._explicit import typed_like
 from jaxfp8._lazy import put
 
 
@@ -62,10 +63,54 @@ def bring(array: Any, sharding: Sharding) -> jax.Array:
     return put(array, sharding)
 
 
+def in_host_memory(array: Any) -> bool:
+    """Whether programs cannot compute with it yet: of numpy, or offloaded by `pinned_host`."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.sharding.memory_kind == "pinned_host"
+
+
+def in_device_memory(array: jax.Array) -> jax.Array:
+    """An array that programs compute with: from memory of the host brought to its devices."""
+    return jax.device_put(array, unpinned(array.sharding)) if in_host_memory(array) else array
+
+
+def unpinned(sharding: Sharding) -> Sharding:
+    """The same devices, and their own memory."""
+    device: Any = next(iter(sharding.device_set))
+    return sharding.with_memory_kind(device.default_memory().kind)
+
+
+def together(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Arrays for one program: what is committed to other devices than the first is taken there."""
+    if len(arrays) < 2:
+        return tuple(arrays)
+    placed = [a for a in arrays if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)]
+    placed = [a for a in placed if a.committed]
+    if len({_devices(a.sharding) for a in placed}) < 2:
+        return tuple(arrays)
+    where = placed[0].sharding
+    return tuple(
+        a
+        if isinstance(a, jax.core.Tracer) or _devices(a.sharding) == _devices(where)
+        else bring(a, replicated(where))
+        for a in arrays
+    )
+
+
+def _devices(sharding: Sharding) -> tuple[Any, ...]:
+    if isinstance(sharding, NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sharding.device_set)
+
+
 def place_like(fresh: Any, target: Any) -> Any:
-    """Bring a new array to where a parameter is committed, or where its abstract form says."""
+    """Bring a new array to where a parameter is committed, or where its abstract form says.
+
+    Under a trace the places are not known, but those that Explicit axes put into its type.
+    """
     if isinstance(fresh, jax.core.Tracer) or isinstance(target, jax.core.Tracer):
-        return fresh
+        return typed_like(fresh, target) if isinstance(target, jax.Array) else fresh
     sharding = getattr(target, "sharding", None)
     committed = not isinstance(target, jax.Array) or target.committed
     on_devices = not isinstance(getattr(sharding, "mesh", None), AbstractMesh)
@@ -93,6 +138,13 @@ def replicated(sharding: Sharding) -> Sharding:
     return sharding
 
 
+def element_sharding(sharding: Sharding, leading: int) -> Sharding:
+    """Where one element of a stack lies, whose first `leading` axes are those of the stack."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[leading:]))
+    return sharding
+
+
 def source_sharding(
     source: Any, target_sharding: Sharding, target_ndim: int, *, transposes: bool
 ) -> Sharding:
@@ -106,7 +158,7 @@ def source_sharding(
     mesh = target_sharding.mesh
     if isinstance(source, jax.Array) and isinstance(source.sharding, NamedSharding):
         if source.sharding.mesh == mesh:
-            return source.sharding
+            return unpinned(source.sharding) if in_host_memory(source) else source.sharding
     if source.ndim != target_ndim:
         return replicated(target_sharding)
     axes = [*target_sharding.spec, *[None] * (target_ndim - len(target_sharding.spec))]

@@ -35,6 +35,30 @@ def progress_bar(what: str, total: int | None, unit: str) -> Iterator[Callable[[
         yield lambda amount: bar.update(task, advance=amount)
 
 
+@contextlib.contextmanager
+def report(
+    progress: bool | Callable[[int, int], None], what: str, total: int
+) -> Iterator[Callable[[int], None]]:
+    """The function that adds bytes to what is done, for an argument `progress` of the API.
+
+    True shows a bar, a callable is told what is done and the total each time, False does nothing.
+    """
+    if callable(progress):
+        tell, done = progress, 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            tell(done, total)
+
+        yield advance
+    elif progress:
+        with progress_bar(what, total, "bytes") as advance_bar:
+            yield advance_bar
+    else:
+        yield lambda amount: None
+
+
 def _lines(what: str, total: int | None, unit: str) -> Callable[[int], None]:
     done = 0
 

@@ -16,9 +16,16 @@ from jax.sharding import auto_axes
 from jaxfp8._accounting import unbox
 from jaxfp8._bundles import Arrays, OneByOne, Wanted, measure
 from jaxfp8._convert import Carry, Conversion
-from jaxfp8._lazy import LazyArray, put
+from jaxfp8._lazy import put
 from jaxfp8._leaf import check_target
-from jaxfp8._placement import bring, is_explicit, no_mesh, place_like, source_sharding
+from jaxfp8._placement import (
+    bring,
+    in_device_memory,
+    is_explicit,
+    no_mesh,
+    place_like,
+    source_sharding,
+)
 from jaxfp8._shards import logical_rows, plan_rows, rows_of
 from jaxfp8.padded import PaddedKernel
 
@@ -61,16 +68,9 @@ def update_rows(kernel: PaddedKernel, start: int, weight: Any) -> PaddedKernel:
             "Give a start from 0 on, and rows that end within the kernel."
         )
     old = (kernel.qvalue, kernel.scale)
-    if isinstance(kernel.qvalue, jax.Array) and _is_committed(kernel.qvalue):
-        where, turned = kernel.qvalue.sharding, conversion.transposes
-        sources = tuple(
-            s
-            if isinstance(s, jax.core.Tracer)
-            else bring(s, source_sharding(s, where, kernel.qvalue.ndim, transposes=turned))
-            for s in sources
-        )
-    else:
-        sources = tuple(put(s) if isinstance(s, LazyArray) else s for s in sources)
+    # What comes from the host or another device is put here outright, for `jax.transfer_guard`.
+    place, *arrived = (_brought(s, kernel.qvalue, conversion) for s in (np.int32(start), *sources))
+    sources = tuple(arrived)
     carry, flags = measure(OneByOne(conversion), [sources])
     if not isinstance(flags, jax.core.Tracer) and not jax.device_get(flags).all():
         raise ValueError(
@@ -80,9 +80,12 @@ def update_rows(kernel: PaddedKernel, start: int, weight: Any) -> PaddedKernel:
     write: Any = functools.partial(_write, conversion, (0, 1), rows, n)
     if _is_committed(kernel.qvalue) and is_explicit(kernel.qvalue.sharding):
         write = auto_axes(write, out_sharding=tuple(a.sharding for a in old))
-        fresh = jax.jit(write)(old, (jnp.int32(start), *carry), sources)
+        fresh = jax.jit(write)(old, (place, *carry), sources)
     else:
-        fresh = _update(conversion, (0, 1), rows, n, old, (jnp.int32(start), *carry), sources)
+        fresh = _update(conversion, (0, 1), rows, n, old, (place, *carry), sources)
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(weight)):
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in fresh):
+            jax.block_until_ready(fresh)  # Then the host's array may be overwritten.
     qvalue, scale = map(place_like, fresh, old)
     return PaddedKernel(qvalue, scale, kernel.in_features, n)
 
@@ -103,6 +106,7 @@ class Rows:
     conversion: Conversion
     rows: int
     features: int
+    leading = 0
 
     @property
     def transposes(self) -> bool:
@@ -151,6 +155,23 @@ def _write(
 
 
 _update = jax.jit(_write, static_argnums=(0, 1, 2, 3))
+
+
+def _brought(source: Any, kernel: Any, conversion: Conversion) -> Any:
+    """A source where the program that writes the kernel wants it."""
+    if isinstance(source, jax.core.Tracer):
+        return source
+    if _is_committed(kernel):
+        turned = conversion.transposes
+        return bring(
+            source, source_sharding(source, kernel.sharding, kernel.ndim, transposes=turned)
+        )
+    if not isinstance(source, jax.Array):
+        return put(source)
+    concrete = isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer)
+    if source.committed and concrete:
+        return bring(source, kernel.sharding)
+    return in_device_memory(source)
 
 
 def _is_committed(array: jax.Array) -> bool:

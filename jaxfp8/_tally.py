@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxfp8._accounting import Entry, Path, is_calibration, path_name
+from jaxfp8._accounting import Entry, Index, Path, is_calibration, path_name, shown_index
 from jaxfp8._shards import features_of
 from jaxfp8.padded import PaddedKernel
 from jaxfp8.shards import bounds
@@ -18,108 +21,169 @@ from jaxfp8.shards import bounds
 Shards = dict[str, dict[str, tuple[int, int]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A leaf, one element of a stack, or a shard of either.
+
+    Attributes:
+        name: the path of the leaf.
+        index: of the element, in the leaf's leading axes; `()` for all of them.
+        shard: the name of the shard; None for all rows.
+    """
+
+    name: str
+    index: Index = ()
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        shard = f"[{self.shard}]" if self.shard is not None else ""
+        return (self.name or path_name(())) + shown_index(self.index) + shard
+
+    def within(self, other: Part | None) -> bool:
+        """Whether it is `other`, or a part of it."""
+        return (
+            other is not None
+            and self.name == other.name
+            and self.index[: len(other.index)] == other.index
+            and other.shard in (None, self.shard)
+        )
+
+
 class Tally:
-    """The leaves of a tree by name, and what of each has been written."""
+    """The leaves of a tree by name, and what of each has been written.
+
+    A leaf's units are its shards, or those of each element once one of its elements is written.
+    """
 
     def __init__(self, tree: Mapping[Path, Entry], shards: Shards):
         self._bytes = {
             "/".join(path): sum(leaf.nbytes for leaf in jax.tree.leaves(entry.node))
             for path, entry in tree.items()
         }
+        self._shapes = {"/".join(path): _stack_of(entry.node) for path, entry in tree.items()}
         self._calibrations = {"/".join(p) for p in tree if is_calibration(p, dict(tree))}
         self._shards = shards
-        # None: the whole leaf. Else the shards that were written, and the bytes counted for them.
-        self._done: dict[str, dict[str, int] | None] = {}
+        # None: the whole leaf. Else the parts that were written, and the bytes counted for them.
+        self._done: dict[str, dict[Part, int] | None] = {}
 
     @property
     def total_bytes(self) -> int:
         """The size of the tree."""
         return sum(self._bytes.values())
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._bytes
+
     def rows(self, name: str, shard: str) -> tuple[int, int]:
         """Start and stop of a shard's rows."""
         return self._shards[name][shard]
 
-    def check_new(self, name: str, shard: str | None) -> None:
-        """Check that a leaf, or a shard of it, is in the tree and has not been written.
+    def check_new(self, part: Part) -> None:
+        """Check that a leaf, or a part of it, is in the tree and has not been written.
 
         Raises:
             ValueError: if it is not, or it was.
         """
-        if name not in self._bytes:
-            near = difflib.get_close_matches(name, self._bytes, n=1)
+        if part.name not in self._bytes:
+            near = difflib.get_close_matches(part.name, self._bytes, n=1)
             raise ValueError(
                 "`params` has no such leaf. "
                 + (f"Did you mean {near[0]!r}? " if near else "")
                 + "Leave it out, or name it in `ignore` of `reload_stream`."
             )
-        parts = self._done.get(name, {})
-        if parts is None or shard in parts:
+        self._check_shard(part)
+        done = self._done.get(part.name, {})
+        if done is None or part in done:
             raise ValueError(
                 "it was already written in this stream, which takes each leaf once. Look for a "
                 "name that is given twice; to write it again, open another `reload_stream`."
             )
-        if shard is None:
-            if parts:
+        for other in done:
+            if len(other.index) != len(part.index):
                 raise ValueError(
-                    f"its shards {', '.join(parts)} were already written in this stream. Put the "
-                    "others by shard too."
+                    f"this leaf was begun with {other} in this stream, and has to be written by "
+                    "the same axes throughout. Give the rest as that was given."
                 )
-            return
-        if name not in self._shards:
+        if over := [o for o in done if o.index == part.index and None in (o.shard, part.shard)]:
             raise ValueError(
-                f"shard {shard!r} cannot be placed, because no shards are declared for it. Say "
-                'which rows they are: reload_stream(params, shards={"*/qkv": {"q": 4096, "k": '
+                f"its shards {', '.join(str(other.shard) for other in over)} were already written "
+                "in this stream. Put the others by shard too."
+                if part.shard is None
+                else "it was already written in this stream, with all its shards at once."
+            )
+
+    def _check_shard(self, part: Part) -> None:
+        if part.shard is None:
+            return
+        if part.name not in self._shards:
+            raise ValueError(
+                f"shard {part.shard!r} cannot be placed, because no shards are declared for it. "
+                'Say which rows they are: reload_stream(params, shards={"*/qkv": {"q": 4096, "k": '
                 '1024, "v": 1024}}), where the pattern is of the path without the leaf\'s name.'
             )
-        if shard not in self._shards[name]:
-            raise ValueError(
-                f"it has no shard {shard!r}; those declared are {', '.join(self._shards[name])}."
-            )
+        if part.shard not in self._shards[part.name]:
+            declared = ", ".join(self._shards[part.name])
+            raise ValueError(f"it has no shard {part.shard!r}; those declared are {declared}.")
 
-    def record(self, name: str, shard: str | None) -> int:
+    def record(self, part: Part) -> int:
         """Note what was written, and return its bytes."""
-        size, parts = self._bytes[name], self._done.get(name) or {}
-        counted = sum(parts.values())
-        if shard is None:
-            self._done[name] = None
-            return size
-        start, stop = self._shards[name][shard]
-        features = max(end for _, end in self._shards[name].values())
-        parts[shard] = size * (stop - start) // features
-        if len(parts) < len(self._shards[name]):
-            self._done[name] = parts
-            return parts[shard]
-        self._done[name] = None  # Whole: with what the divisions above cut off.
+        size, done = self._bytes[part.name], dict(self._done.get(part.name) or {})
+        elements = math.prod(self._shapes[part.name][: len(part.index)])
+        own, features = 1, 1
+        if part.shard is not None:
+            start, stop = self._shards[part.name][part.shard]
+            own, features = stop - start, max(end for _, end in self._shards[part.name].values())
+        counted = sum(done.values())
+        done[part] = size * own // (features * elements)
+        self._done[part.name] = done
+        if self._missing(part.name):
+            return done[part]
+        self._done[part.name] = None  # Whole: with what the divisions above cut off.
         return size - counted
 
-    def updated(self) -> tuple[str, ...]:
-        """What is new: leaves, and `leaf[shard]` of those that are new in part."""
+    def want_x_scale(self, kernel: str) -> None:
+        """A kernel came from an FP8 checkpoint: the static scale of its x may not be left out."""
+        self._calibrations.discard(f"{kernel.removesuffix('kernel')}x_scale")
+
+    def _missing(self, name: str) -> list[Part]:
+        done = self._done.get(name, {})
+        if done is None:
+            return []
+        if not done:
+            return [Part(name)]
+        whole = {part.index for part in done if part.shard is None}
+        shards = self._shards.get(name, {})
+        found = []
+        for index in np.ndindex(*self._shapes[name][: len(next(iter(done)).index)]):
+            rest = [s for s in shards if Part(name, index, s) not in done]
+            if index in whole:
+                continue
+            if len(rest) == len(shards):
+                found.append(Part(name, index))
+            else:
+                found += [Part(name, index, shard) for shard in rest]
+        return found
+
+    def updated(self) -> tuple[Part, ...]:
+        """What is new: leaves, and the parts of those that are new in part."""
         return tuple(
-            label
+            part
             for name, parts in self._done.items()
-            for label in ([shown(name)] if parts is None else [shown(name, s) for s in parts])
+            for part in ([Part(name)] if parts is None else parts)
         )
 
-    def old(self) -> tuple[str, ...]:
-        """What is not: leaves, and `leaf[shard]` of those that are new in part."""
-        result = []
-        for name in self._bytes:
-            parts = self._done.get(name, {})
-            if parts:
-                result += [shown(name, s) for s in self._shards[name] if s not in parts]
-            elif parts is not None:
-                result.append(shown(name))
-        return tuple(result)
+    def old(self) -> tuple[Part, ...]:
+        """What is not: leaves, and the parts of those that are new in part."""
+        return tuple(part for name in self._bytes for part in self._missing(name))
 
-    def missing(self) -> tuple[str, ...]:
+    def missing(self) -> tuple[Part, ...]:
         """`old`, without the calibration constants, which may be left out."""
-        return tuple(name for name in self.old() if name not in self._calibrations)
+        names = (name for name in self._bytes if name not in self._calibrations)
+        return tuple(part for name in names for part in self._missing(name))
 
 
-def shown(name: str, shard: str | None = None) -> str:
-    """A leaf, or one shard of it, for messages."""
-    return (name or path_name(())) + (f"[{shard}]" if shard is not None else "")
+def _stack_of(node: Any) -> tuple[int, ...]:
+    return node.stack if isinstance(node, PaddedKernel) else tuple(getattr(node, "shape", ()))
 
 
 def declared_shards(shards: Mapping[str, Any], tree: Mapping[Path, Entry]) -> Shards:
@@ -160,6 +224,6 @@ def declared_shards(shards: Mapping[str, Any], tree: Mapping[Path, Entry]) -> Sh
                     raise ValueError("two patterns match it, and declare different shards.")
             except (TypeError, ValueError) as error:
                 raise type(error)(
-                    f"`shards[{pattern!r}]` does not fit {shown(name)}: {error}"
+                    f"`shards[{pattern!r}]` does not fit {Part(name)}: {error}"
                 ) from error
     return found

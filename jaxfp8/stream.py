@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxfp8._accounting import entries
 from jaxfp8._in_place import InPlace
-from jaxfp8._progress import progress_bar
+from jaxfp8._progress import report
+from jaxfp8._tally import Part
 from jaxfp8.update import ReloadError
 
 
@@ -39,6 +40,7 @@ def reload_stream(
         with reload_stream(params) as stream:
             stream.put("layers_0/mlp/kernel", w)
             stream.put_tree("layers_1", {"mlp": {"kernel": ...}})
+            stream.put_tree("scanned[2]", {"mlp": {"kernel": ...}})  # layer 2 under `nn.scan`
             params = stream.finish()
 
     The tree is complete when `finish` says so. A block that is left before that, by an exception
@@ -89,7 +91,6 @@ class ReloadStream:
         self._tree = InPlace(params, ignore, allow_nonfinite, shards)
         self._progress = progress
         self._advance: Callable[[int], None] = lambda amount: None
-        self._done_bytes = 0
         self._bar = contextlib.ExitStack()
         self._state = _State.NOT_ENTERED
 
@@ -100,21 +101,23 @@ class ReloadStream:
 
     @property
     def updated(self) -> tuple[str, ...]:
-        """The paths already new, in the order of their writes; `path[shard]` for one in part."""
-        return self._tree.tally.updated()
+        """The paths already new, in the order of their writes.
+
+        Of a leaf that is new in part its elements and shards: `path[3]`, `path[q]`, `path[3][q]`.
+        """
+        return tuple(map(str, self._tree.tally.updated()))
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The paths that `finish` still wants; `path[shard]` for one written in part."""
-        return self._tree.tally.missing()
+        """The paths that `finish` still wants; of a leaf written in part what is left of it."""
+        return tuple(map(str, self._tree.tally.missing()))
 
     def __enter__(self) -> ReloadStream:
         if self._state is not _State.NOT_ENTERED:
             raise RuntimeError(f"this stream cannot be entered: it {self._state.value}.")
         self._state = _State.OPEN
-        if self._progress is True:
-            bar = progress_bar("reload", self._tree.tally.total_bytes, "bytes")
-            self._advance = self._bar.enter_context(bar)
+        told = report(self._progress, "reload", self._tree.tally.total_bytes)
+        self._advance = self._bar.enter_context(told)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -137,7 +140,10 @@ class ReloadStream:
         """Check one leaf and write it.
 
         Args:
-            path: where in the tree, such as `"layers_0/mlp/kernel"`.
+            path: where in the tree, such as `"layers_0/mlp/kernel"`; with `[i]` behind it one
+                element of a stack along its leading axes, such as layer 3 of those under `nn.scan`
+                in `"layers/mlp/kernel[3]"`. Then `value` is of that element, without those axes,
+                and the others keep their bits.
             value: what `update_params` takes for that leaf, on the host or on any device; with
                 `shard` that for a leaf of the shard's rows: of a kernel float `[*stack, K, n]`, a
                 DenseWeight, an FP8Weight (either layout) or a PaddedKernel; else `[..., n]`.
@@ -158,25 +164,29 @@ class ReloadStream:
                 f"`put` takes one leaf, but the value for {path} is a {type(value).__name__} of "
                 f"{len(found)} leaves. Use `put_tree({path!r}, ...)` for a subtree."
             )
-        self._put({path: found[()].node}, shard)
+        self._put({self._tree.part(path, shard): found[()].node})
 
     def put_tree(self, path: str, tree: Any) -> None:
         """Check the leaves of a subtree, all of them, and then write them; `""` is the root.
 
-        It need not be complete. Faults of several leaves are listed in one error.
+        With `[i]` behind `path`, element i of every leaf: `put_tree("layers[3]", layer)`. It need
+        not be complete. Faults of several leaves are listed in one error.
 
         Raises:
             As `put`; if one leaf fails its check, none has been changed.
         """
         self._check_open("put_tree")
-        head, found = ((path,) if path else ()), entries(tree)
-        values = {"/".join((*head, *sub)): entry.node for sub, entry in found.items()}
+        found, above = entries(tree), self._tree.part(path)
+        head = (above.name,) if above.name else ()
+        values = {
+            Part("/".join((*head, *sub)), above.index): entry.node for sub, entry in found.items()
+        }
         if len(values) < len(found):
             raise ValueError(
                 "`tree` has two leaves of one path: a key with '/' in it means the same as a dict "
                 "within a dict. Use one form."
             )
-        self._put(values, None)
+        self._put(values)
 
     def put_all(self, pairs: Iterable[tuple[str, Any]]) -> None:
         """`put(*pair)` for each pair of a path and a value, as an iterator gives them.
@@ -201,14 +211,15 @@ class ReloadStream:
 
         Args:
             partial: allow leaves that were not written; they are handed on with their old values.
-                A static activation scale (`x_scale` beside a kernel) may always be left out.
+                A static activation scale (`x_scale` beside a kernel) may be left out all the same,
+                unless that kernel came as an FP8Weight.
 
         Raises:
             ValueError: if leaves are missing; all are named, and the stream stays open for them.
             RuntimeError: if the stream is not open.
         """
         self._check_open("finish")
-        missing = self._tree.tally.missing()
+        missing = self.missing
         if missing and not partial:
             raise ValueError(
                 f"the stream is not complete, and {len(missing)} leaves still hold their old "
@@ -218,18 +229,12 @@ class ReloadStream:
         self._state = _State.FINISHED
         return self.params
 
-    def _put(self, values: Mapping[str, Any], shard: str | None) -> None:
+    def _put(self, values: Mapping[Part, Any]) -> None:
         try:
-            self._tree.put(values, shard, self._count)
+            self._tree.put(values, self._advance)
         except ReloadError:
             self._state = _State.FAILED
             raise
-
-    def _count(self, written: int) -> None:
-        self._done_bytes += written
-        self._advance(written)
-        if callable(self._progress):
-            self._progress(self._done_bytes, self._tree.tally.total_bytes)
 
     def _check_open(self, method: str) -> None:
         if self._state is not _State.OPEN:

@@ -7,7 +7,9 @@ its padding is zeroed each time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +21,19 @@ from jaxfp8._accounting import (
     entries,
     is_calibration,
     is_variable,
+    mapping_like,
     one_level,
     unbox,
 )
-from jaxfp8._bundles import Bundle, OneByOne, bundles
+from jaxfp8._bundles import Bundle, OneByOne, on_device, where_they_lie
 from jaxfp8._convert import Carry, convert
-from jaxfp8._donate import Step, addresses, check_donatable, steps
-from jaxfp8._lazy import LazyArray, put
+from jaxfp8._donate import Buffer, Step, addresses, check_unshared, steps
+from jaxfp8._in_flight import InFlight
 from jaxfp8._leaf import FLOATS
-from jaxfp8._placement import no_mesh, place_like
+from jaxfp8._placement import no_mesh, place_like, together
+from jaxfp8._plan import plan_reload
+from jaxfp8._progress import report
+from jaxfp8._values import check_values, measure_all
 from jaxfp8.padded import PaddedKernel
 
 
@@ -36,9 +42,10 @@ class ReloadError(RuntimeError):
 
     Attributes:
         params: the tree as it is now: new leaves where they were written, else the old ones.
-        updated: the paths already new.
-        failed: the paths whose write failed; their buffers may be lost. One, or on a GPU up to 32
-            of one shape, which are written by one program; none where a stream was left.
+        updated: the paths already new; of a stack that came in elements, `path[i]`.
+        failed: the paths whose write failed; their buffers may be lost. Several where one program
+            writes them (on a GPU, up to 32 of one shape) or more were on their way from the host;
+            none where a stream was left.
     """
 
     def __init__(
@@ -78,6 +85,8 @@ def update_params(
         like the leaf of `params` if that has a committed sharding. Leaves that were not written
         are those of `params` themselves. A static activation scale (`x_scale` beside a padded
         kernel) is a calibration constant which no trainer has: it is kept unless `loaded` has it.
+        Only beside an FP8Weight, from a checkpoint whose activations are then dynamic, its lack is
+        an error, unless `partial`.
 
     Raises:
         ValueError: if paths are missing or unexpected, or shapes, layouts or scales do not fit
@@ -88,14 +97,15 @@ def update_params(
         TypeError: if only dtypes or types do not fit.
     """
     writes = account(params, loaded, partial=partial, ignore=ignore)
-    carries, flags = _measure([Bundle((write,), OneByOne(write.conversion)) for write in writes])
-    _check_values(flags, allow_nonfinite=False)
+    carries, flags = measure_all([Bundle((write,), OneByOne(write.conversion)) for write in writes])
+    check_values(flags, allow_nonfinite=False)
     leaves, treedef = jax.tree.flatten(params)
+    window = InFlight()
     for write, carry in zip(writes, carries, strict=True):
-        sources = (put(s) if isinstance(s, LazyArray) else s for s in write.sources)
-        fresh = convert(write.conversion, carry, *sources)
-        leaves[write.slots] = map(place_like, fresh, write.targets)
-        _release_host_arrays([write], leaves[write.slots])
+        size = window.admit(write.sources)
+        leaves[write.slots] = _converted(write, carry)
+        window.sent(size, leaves[write.slots])
+    window.finish()
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -107,6 +117,7 @@ def reload_params(
     partial: bool = False,
     ignore: str | Sequence[str] = (),
     allow_nonfinite: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
 ) -> Any:
     """`update_params` into the buffers of `params`, which is donated: use the tree returned.
 
@@ -116,7 +127,8 @@ def reload_params(
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
     arrays in it may be overwritten as soon as this returns (they are sent to the device twice,
-    once to be checked, and waited for one by one; `reload_stream` sends them once).
+    once to be checked, up to 256 MiB at once, and of a stack element by element;
+    `reload_stream` sends them once).
 
     An address moves only where keeping it would destroy somebody else's data: where `params` and
     `loaded` share a buffer (that leaf gets a new one), and on CPU where numpy has a live view of
@@ -129,6 +141,8 @@ def reload_params(
         ignore: as in `update_params`.
         allow_nonfinite: accept NaN and infinite weights, to look at a model that has diverged.
             Scales are checked all the same. With the plugin this also saves the pass that checks.
+        progress: as in `reload_stream`; the bytes are those of `loaded`, each counted twice: when
+            it has been sent to be checked and when it has been sent to be written.
 
     Raises:
         ValueError: as `update_params`, and if two leaves of `params` share a buffer. Nothing has
@@ -138,28 +152,61 @@ def reload_params(
         ReloadError: if the device fails after the checks, for example out of memory. It names
             the leaves already new and holds the tree as it is then.
     """
-    writes = account(params, loaded, partial=partial, ignore=ignore)
-    alike = list(bundles(writes, unchecked=allow_nonfinite))
-    carries, flags = _measure(alike)
-    # The host prepares what is to be written while the device measures.
-    check_donatable(params, writes)
-    if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
-        raise TypeError(
-            "`reload_params` overwrites buffers and cannot run under jit, vmap or grad, but it was "
-            "called while a function is traced. Use `update_params` there."
-        )
-    todo = [step for some in zip(alike, carries, strict=True) for step in steps(*some)]
-    shared = set().union(*map(addresses, jax.tree.leaves(loaded)))
-    _check_values(flags, allow_nonfinite=allow_nonfinite)
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    alike = plan_reload(
+        params, loaded, partial=partial, ignore=patterns, allow_nonfinite=allow_nonfinite
+    )
+    with report(progress, "reload", 2 * sum(bundle.nbytes for bundle in alike)) as advance:
+        carries, flags = measure_all(alike, advance)
+        # The host prepares what is to be written while the device measures.
+        held = check_unshared(params, (write for bundle in alike for write in bundle.writes))
+        if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
+            raise TypeError(
+                "`reload_params` overwrites buffers and cannot run under jit, vmap or grad, but it "
+                "was called while a function is traced. Use `update_params` there."
+            )
+        todo = [step for some in zip(alike, carries, strict=True) for step in steps(*some)]
+        shared = held.intersection(addresses(*jax.tree.leaves(loaded)))
+        check_values(flags, allow_nonfinite=allow_nonfinite)
+        return _write(params, todo, shared, advance)
+
+
+def _converted(write: Write, carry: Carry) -> Iterable[Any]:
+    # In a frame of its own: nothing holds what came from the host when the next is read.
+    sources = together(tuple(map(on_device, write.sources)))
+    with where_they_lie(sources):
+        fresh = convert(write.conversion, carry, *sources)
+    return map(place_like, fresh, write.targets)
+
+
+def _write(
+    params: Any, todo: Sequence[Step], shared: set[Buffer], advance: Callable[[int], None]
+) -> Any:
     leaves, treedef = jax.tree.flatten(params)
-    for done, step in enumerate(todo):
-        try:
+    last = {id(step.bundle): place for place, step in enumerate(todo)}
+    window, done, telling = InFlight(), -1, False
+    try:
+        for done, step in enumerate(todo):
+            size = window.admit(step.bundle.coming)
             step.run(leaves, shared)
-            _release_host_arrays(step.bundle.writes, [leaves[i] for i in sum(step.slots, ())])
-        except Exception as error:
-            tree = jax.tree.unflatten(treedef, leaves)
-            raise _reload_error(todo, done, tree, error) from error
+            window.sent(size, functools.partial(_at, leaves, sum(step.slots, ())), done)
+            if done == last[id(step.bundle)]:
+                telling = True
+                advance(step.bundle.nbytes)
+                telling = False
+        window.finish()
+    except Exception as error:
+        if telling:
+            with contextlib.suppress(Exception):
+                window.finish()
+        unsure = {*window.labels} if telling else {*window.labels, done}
+        tree = jax.tree.unflatten(treedef, leaves)
+        raise _reload_error(todo, done + telling, unsure, tree, error) from error
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _at(leaves: Sequence[Any], slots: Sequence[int]) -> list[Any]:
+    return [leaves[i] for i in slots]
 
 
 def dequantize_params(params: Any) -> Any:
@@ -180,7 +227,7 @@ def dequantize_params(params: Any) -> Any:
         return params.to_param()
     if _has_calibration(params):
         rest = {key: value for key, value in params.items() if key != "x_scale"}
-        params = rest if isinstance(params, dict) else type(params)(rest)  # FrozenDict, nnx.State
+        params = mapping_like(params, rest)
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(params)):
         return params
     children, treedef = one_level(params)
@@ -204,64 +251,23 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree.unflatten(treedef, mask)
 
 
-# The names of parameters alike, and for each of them whether it is finite and its scales valid.
-Flags = list[tuple[tuple[str, ...], Any]]
+def _reload_error(
+    todo: Sequence[Step], done: int, unsure: set[int], params: Any, error: Exception
+) -> ReloadError:
+    """The error after `done` steps; those `unsure` were on their way, or `progress` failed."""
 
+    def names(some: Iterable[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for i in some for name in todo[i].bundle.names))
 
-def _measure(alike: Sequence[Bundle]) -> tuple[list[Carry], Flags]:
-    carries, flags = [], []
-    for bundle in alike:
-        carry, flag = bundle.measure()
-        carries.append(carry)
-        flags.append((bundle.names, flag))
-        _release_host_arrays(bundle.writes, flag)
-    return carries, flags
-
-
-def value_problems(flags: Flags, *, allow_nonfinite: bool) -> list[str]:
-    """A line for each parameter whose measured values cannot be served; one synchronisation."""
-    concrete = [(names, flag) for names, flag in flags if not isinstance(flag, jax.core.Tracer)]
-    values = jax.device_get([flag for _, flag in concrete])
-    verdicts = [
-        (name, *verdict)
-        for (names, _), rows in zip(concrete, values, strict=True)
-        for name, verdict in zip(names, rows, strict=True)
-    ]
-    problems = []
-    for name, finite, scales_valid in sorted(verdicts):
-        if not (finite or allow_nonfinite):
-            problems.append(f"  {name}: a weight is NaN or infinite (in the parameter's dtype).")
-        if not scales_valid:
-            problems.append(f"  {name}: a scale is not positive, finite and at least 2^-126.")
-    return problems
-
-
-def _check_values(flags: Flags, *, allow_nonfinite: bool) -> None:
-    if problems := value_problems(flags, allow_nonfinite=allow_nonfinite):
-        raise ValueError(
-            "`loaded` holds values that cannot be served, and nothing has been changed. Look for "
-            "a diverged training step or a damaged checkpoint (`reload_params` takes NaN and "
-            "infinite weights with allow_nonfinite=True, bad scales never):\n" + "\n".join(problems)
-        )
-
-
-def _release_host_arrays(writes: Sequence[Write], made: Any) -> None:
-    # On CPU a numpy array is read where it lies, while the program runs; and were the next ones
-    # sent meanwhile, all of a checkpoint would be on its way, and in memory, at once.
-    if not all(isinstance(source, jax.Array) for write in writes for source in write.sources):
-        jax.block_until_ready(made)
-
-
-def _reload_error(todo: list[Step], done: int, params: Any, error: Exception) -> ReloadError:
-    def names(some: Sequence[Step]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for step in some for name in step.bundle.names))
-
-    failed = names(todo[done : done + 1])
-    updated = tuple(name for name in names(todo[:done]) if name not in failed)
-    rest = tuple(name for name in names(todo[done + 1 :]) if name not in failed)
+    leaves = jax.tree.leaves(params)
+    # The elements of a stack share its buffers.
+    lost = {i for i, step in enumerate(todo) for j in sum(step.slots, ()) if leaves[j].is_deleted()}
+    failed = names(sorted(unsure | lost))
+    updated = tuple(name for name in names(range(done)) if name not in failed)
+    rest = tuple(name for name in names(range(done, len(todo))) if name not in failed)
+    what = f"failed on the device while it wrote {', '.join(failed)}"
     return ReloadError(
-        f"`reload_params` failed on the device while it wrote {', '.join(failed)}: {error}. "
-        "Already new: "
+        f"`reload_params` {what if failed else 'was stopped by `progress`'}: {error}. Already new: "
         f"{', '.join(updated) or 'nothing'}. Still old: {', '.join(rest) or 'nothing'}. The "
         "tree as it is now is this error's `params` attribute; the buffers of what failed "
         "may be gone. Free memory and reload again, or build the tree anew with `update_params`.",

@@ -148,6 +148,18 @@ CASES = [
         ("`put`", "with reload_stream(params) as stream:"),
     ),
     Case(
+        "an element of a kernel that is no stack",
+        putting(f"{KERNEL}[3]", weight(18, 35)),
+        ValueError,
+        (f"{KERNEL}[3]", "the index [3]", "one kernel and no stack", "nothing of this leaf"),
+    ),
+    Case(
+        "an element past the end of a stack",
+        putting("attn/qkv/bias[35]", np.float32(0)),
+        ValueError,
+        ("attn/qkv/bias[35]", "past the end", "a stack of (35,)", "Count from 0"),
+    ),
+    Case(
         "two leaves over one buffer",
         on(
             dict.fromkeys(("embed", "head"), jnp.ones((4, 8))),

@@ -16,6 +16,7 @@ from jaxfp8 import (
     _cutlass,
     _weights,
     reload_params,
+    reload_stream,
     update_params,
 )
 from jaxfp8._accounting import account
@@ -166,6 +167,7 @@ def test_what_is_not_finite_is_named_and_nothing_changes(layout):
     assert_same_bits(params["layer_1"], update_params(served(4), tree(4, 0, layout))["layer_1"])
 
 
+@pytest.mark.usefixtures("no_plans")
 def test_a_device_error_names_all_of_a_program(monkeypatch):
     def broken(*key):
         def run(*arguments):
@@ -193,3 +195,30 @@ def test_a_write_wants_no_memory_of_the_size_of_the_weight(layout):
     assert memory.alias_size_in_bytes == 2 * (kernel.qvalue.nbytes + kernel.scale.nbytes)
     assert memory.temp_size_in_bytes <= 4096
     assert " copy(" not in program.as_text()
+
+
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("where", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize("allow_nonfinite", [False, True])
+def test_elements_of_a_stack_are_written_by_the_kernels(layout, where, allow_nonfinite):
+    """In a stream from either side, and in a reload of a stack of the host."""
+    shape, layers = (1028, 1368), 5
+    w = [weight(shape, jnp.bfloat16, seed=i) for i in range(layers)]
+    params = {"w": jax.vmap(PaddedKernel.from_dense)(jnp.zeros((layers, *shape), jnp.bfloat16))}
+    before = addresses(params)
+
+    def given(value):
+        return DenseWeight(where(loaded_as(value, layout)), layout)
+
+    with reload_stream(params, allow_nonfinite=allow_nonfinite) as stream:
+        for i in reversed(range(layers)):
+            stream.put(f"w[{i}]", given(w[i]))
+        params = stream.finish()
+    expected = update_params(params, {"w": jnp.stack(w)})
+    assert_same_bits(params, expected)
+    assert addresses(params) == before
+    turned = jnp.stack(w[::-1])
+    expected = update_params(params, {"w": turned})
+    params = reload_params(params, {"w": given(turned)}, allow_nonfinite=allow_nonfinite)
+    assert_same_bits(params, expected)
+    assert addresses(params) == before

@@ -182,6 +182,7 @@ def failing_from(count: int):
     return compile_failing
 
 
+@pytest.mark.usefixtures("no_plans")
 def test_a_device_error_names_the_leaves_already_new(monkeypatch):
     params, loaded = served_tree(), on_device(trainer_tree())
     expected, before = update_params(params, loaded), snapshot(loaded)
@@ -202,6 +203,7 @@ def test_a_device_error_names_the_leaves_already_new(monkeypatch):
     assert_same_bits(reload_params(error.params, loaded), expected)
 
 
+@pytest.mark.usefixtures("no_plans")
 def test_an_error_while_compiling_changes_nothing(monkeypatch):
     params = served_tree()
     before = snapshot(params)

@@ -120,10 +120,25 @@ def test_nonfinite_weights_are_all_listed(bad):
     refuse(ValueError, served_tree(), jax.tree.map(jnp.asarray, loaded))
 
 
-def test_a_value_that_overflows_the_parameter():
-    params = {"norm": jnp.ones(3, jnp.float16)}
-    message = refuse(ValueError, params, {"norm": np.array([1.0, 70000.0, 1.0], np.float32)})
+OVERFLOWS = [(jnp.float16, 65520.0, 65519.0), (jnp.bfloat16, 3.3962e38, 3.396e38)]
+
+
+@pytest.mark.parametrize(("dtype", "over", "within"), OVERFLOWS)
+def test_a_value_that_overflows_the_parameter(dtype, over, within):
+    """In its dtype: also where XLA would compute in float32, as it may on a GPU."""
+    params = {"norm": jnp.ones(3, dtype)}
+    message = refuse(ValueError, params, {"norm": np.array([1.0, -over, 1.0], np.float32)})
     assert "norm: a weight is NaN or infinite (in the parameter's dtype)" in message
+    large = np.array([1.0, -within, 1.0], np.float32)
+    np.testing.assert_array_equal(
+        update_params(params, {"norm": large})["norm"], large.astype(dtype)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "over", "within"), OVERFLOWS)
+def test_a_value_that_overflows_the_parameter_on_a_gpu(dtype, over, within):
+    test_a_value_that_overflows_the_parameter(dtype, over, within)
 
 
 def fp8(value: np.ndarray, scale) -> FP8Weight:
@@ -141,8 +156,8 @@ def test_scales_that_are_not_positive_and_finite(bad, allow):
     padded = PaddedKernel(clean.qvalue, clean.scale.at[19].set(bad), 18, 20)
     options = {"allow_nonfinite": True} if allow else {}
     for loaded, path in (
-        ({"kernel": fp8(value, bad)}, "kernel"),
-        ({"kernel": fp8(value, channels)}, "kernel"),
+        ({"kernel": fp8(value, bad), "x_scale": np.float32(2)}, "kernel"),
+        ({"kernel": fp8(value, channels), "x_scale": np.float32(2)}, "kernel"),
         ({"kernel": padded}, "kernel"),
         ({"kernel": value, "x_scale": np.float32(bad)}, "x_scale"),
     ):
@@ -151,7 +166,7 @@ def test_scales_that_are_not_positive_and_finite(bad, allow):
             reload_params(params, loaded, **options)
         assert "NaN or infinite (" not in str(caught.value)
         assert_same_bits(params, copy)
-    assert "a scale is not positive" in refuse(ValueError, params, {"kernel": fp8(value, bad)})
+    assert "a scale is not positive" in refuse(ValueError, params, loaded | {"x_scale": bad})
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
