@@ -137,6 +137,7 @@ def test_a_reload_of_many_layers_alike(layout, allow_nonfinite):
         assert addresses(params) == before
 
 
+@pytest.mark.usefixtures("no_plans")
 def test_layers_alike_are_one_program():
     params, loaded = served(MAX_WEIGHTS + 5), tree(MAX_WEIGHTS + 5, 0)
     writes = account(params, loaded, partial=False, ignore=())
