@@ -57,7 +57,7 @@ def similarities(found: Comparison) -> Table:
 
 def agreement(found: Comparison) -> Table:
     table = empty_table(
-        "Cosine with the float32 embedding, 200 texts",
+        "Cosine with the float32 embedding, 200 sentences and 5 shorter texts",
         "",
         f"smallest,\n≥ {SHORT} tokens",
         f"smallest,\n< {SHORT} tokens",

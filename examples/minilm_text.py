@@ -62,11 +62,6 @@ FRAMES = (
 )
 
 ODD = (
-    "",
-    "Yes.",
-    "?!",
-    "a",
-    "42",
     "E = mc^2",
     "for i in range(10):\n    print(i * i)",
     "SELECT name, age FROM users WHERE age > 30 ORDER BY name;",
@@ -81,13 +76,22 @@ ODD = (
     "the the the the the the the the the the the the the the the the the the the the the the the",
     "To be, or not to be, that is the question.",
     "lol idk maybe tmrw??",
+    "WHAT DO YOU MEAN, NO REFUNDS?!",
+    "(555) 014-2673 ext. 89",
+    "Il treno per Firenze parte dal binario sette.",
+    "Mix 200 g of flour, 3 eggs and a pinch of salt; rest for an hour.",
+    "The the horse raced past the barn fell",
     # Longer than the encoder's 256 tokens, so it is cut.
     " ".join(f"Item {i} of the list weighs {i * 37 % 101} grams." for i in range(60)),
 )
 
 
+# Too short to be sentences: of fewer than 5 tokens.
+FRAGMENTS = ("", "Yes.", "?!", "a", "42")
+
+
 def sentences() -> list[str]:
-    """200 texts of 0 to some 700 words: 18 topics in 10 forms, and 20 odd ones."""
+    """200 texts of 3 to some 700 words: 18 topics in 10 forms, and 20 odd ones."""
     made = []
     for who, does, what, where, why in TOPICS:
         words = {"who": who, "does": does, "what": what, "where": where, "because": why}

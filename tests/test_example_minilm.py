@@ -144,9 +144,12 @@ def same_kernel(got: PaddedKernel, expected: PaddedKernel) -> None:
     np.testing.assert_array_equal(got.scale, expected.scale)
 
 
-def test_the_200_texts_are_200():
-    texts = minilm_text.sentences()
-    assert len(texts) == len(set(texts)) == 200
+def test_the_200_sentences_are_200():
+    texts, fragments = minilm_text.sentences(), minilm_text.FRAGMENTS
+    assert len(texts) == len(set(texts)) == 200 and not set(fragments) & set(texts)
+    encode = checkpoint().tokenizer.encode
+    assert min(len(encode(text)) for text in texts) >= minilm_compare.SHORT
+    assert max(len(encode(text)) for text in fragments) < minilm_compare.SHORT
     assert not [text for text in texts if "{" in text]
 
 
