@@ -36,12 +36,19 @@ def refine(table: _table.Table, cost: Callable[[_table.Table], float]) -> _table
 
 
 def rounded(table: _table.Table) -> _table.Table:
-    """As table.h writes it: nanoseconds."""
+    """As table.h writes it: nanoseconds, and what a memory gives to two or three digits."""
     rows = [
         _table.Row(row.kernel, round(row.k_tile, 3), round(row.tile, 3), round(row.launch, 3))
         for row in table.rows
     ]
-    return table.with_rows(rows)
+    memory = table.memory
+    memory = dataclasses.replace(
+        memory,
+        rate=round(memory.rate, -4),
+        cache_rate=round(memory.cache_rate, -6),
+        start=round(memory.start, 2),
+    )
+    return dataclasses.replace(table.with_rows(rows), memory=memory)
 
 
 def _changes(rows: int) -> list[Callable[[_table.Table, float], _table.Table]]:

@@ -11,6 +11,7 @@ more than 2 % faster than the table's. Needs no GPU, but scipy.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -35,6 +36,8 @@ SOFT, WEIGHT_POWER = 0.05, 3
 START = (0.2, 1.0, 2.0)
 # What a choice costs: the logarithm of its time / the best one's, and more from 5 % on.
 TOLERABLE, BEYOND = 0.05, 8
+# Of a kernel that was not timed there, as `_between.is_worth_timing` found it hopeless.
+UNTIMED = math.log(1.48)
 
 # Microseconds by shape and kernel.
 Times = Mapping[Gemm, Mapping[str, float]]
@@ -136,15 +139,18 @@ def fit(row: _table.Row, memory: _table.Memory, times: Times) -> dict[str, Any]:
 def quality(table: _table.Table, times: Times) -> dict[str, dict[str, Any]]:
     """The best kernel's time / the chosen one's, by accumulation."""
     found: dict[str, list[tuple[str, float]]] = {}
-    for shape, kind, chosen, _, ratio in _compared(table, times):
+    compared = _compared(table, times)
+    for shape, kind, chosen, _, ratio in compared:
         if chosen is not None:
             found.setdefault(kind, []).append((str(shape), ratio))
-    return {kind: mean_and_worst(ratios) for kind, ratios in found.items()}
+    untimed = collections.Counter(kind for _, kind, pick, _, _ in compared if pick is None)
+    return {kind: mean_and_worst(r) | {"untimed": untimed[kind]} for kind, r in found.items()}
 
 
 def cost(table: _table.Table, times: Times) -> float:
     """What the choices of a table lose, over all shapes."""
-    losses = [-math.log(ratio) for *_, ratio in _compared(table, times)]
+    compared = _compared(table, times)
+    losses = [UNTIMED if pick is None else -math.log(ratio) for _, _, pick, _, ratio in compared]
     return sum(loss + BEYOND * max(0.0, loss - TOLERABLE) for loss in losses)
 
 
@@ -206,7 +212,7 @@ def _print(
         )
         lines.append([row["kernel"], str(row["shapes"]), written, fitted, off, searched])
     _report.print_table("The table's rows, in microseconds", columns, lines)
-    columns = ["choice", "accumulation", "shapes", "best / chosen", "worst", "at"]
+    columns = ["choice", "accumulation", "shapes", "best / chosen", "worst", "at", "not timed"]
     lines = [
         [
             name,
@@ -215,6 +221,7 @@ def _print(
             f"{s['geometric_mean']:.4f}",
             f"{s['worst']:.3f}",
             s["worst_shape"],
+            str(s["untimed"]),
         ]
         for name, kinds in choices.items()
         for kind, s in kinds.items()

@@ -43,8 +43,9 @@ def _rounded(x: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
     XLA leaves out the rounding where it computes with the result in float32, on a GPU in that of
     `_all_finite` (xla_allow_excess_precision); not this one.
     """
-    if dtype in (jnp.float16, jnp.bfloat16) and x.dtype.itemsize > 2:
+    if dtype in (jnp.float16, jnp.bfloat16) and x.dtype != dtype:
         info = jnp.finfo(dtype)
+        x = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
         x = lax.reduce_precision(x, info.nexp, info.nmant)
     return x.astype(dtype)
 

@@ -130,6 +130,8 @@ def by_element(write: Write) -> Iterator[tuple[Index, Write]]:
     if any(isinstance(source, jax.Array) for source in write.sources):
         return
     weight, *scales = write.sources
+    if isinstance(weight, LazyArray) and len(weight.stack) != leading:
+        return  # Its pieces are no elements.
     for place, index in enumerate(np.ndindex(*weight.shape[:leading])):
         # A scale per tensor may be one for all the stack.
         own = (scale[index] if scale.ndim >= leading else scale for scale in scales)

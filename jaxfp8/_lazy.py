@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
 
@@ -31,6 +32,7 @@ PATIENCE = 2.0  # seconds
 # a thread for each array: weights of 117 MB, one at a time, went at 5.8 GB/s whole, 18 in pieces of
 # 32 MB, 27 of 8, 25 of 2; with two of them on their way 11, 20, 32 and 29 (an H200, 2026-11-23).
 PIECE = 8 << 20
+AT_ONCE = 32 * PIECE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,12 +101,12 @@ def put(array: Any, sharding: Sharding | None = None) -> jax.Array:
     # Where a function is traced, files are constants.
     with jax.ensure_compile_time_eval():
         if not array.stack or not isinstance(sharding, SingleDeviceSharding | None):
-            return _sent(_read(array), sharding)
+            return _read_and_sent(array, sharding)
         elements = (len(array.pieces), *array.shape[len(array.stack) :])
         whole = _filled(jax.device_put(np.zeros((), array.dtype), sharding), elements)
         for index, parts in enumerate(array.pieces):
+            element = _read_and_sent(LazyArray((parts,)), sharding)
             # Put there outright, for `jax.transfer_guard`, like the zeros.
-            element = _sent(_read(LazyArray((parts,))), sharding)
             place = jax.device_put(np.int32(index), sharding)
             whole = jax.block_until_ready(_set(whole, place, element))
             del element
@@ -112,20 +114,46 @@ def put(array: Any, sharding: Sharding | None = None) -> jax.Array:
 
 
 def _sent(array: Any, sharding: Sharding | None) -> jax.Array:
+    """An array of the host on its way, a large one in pieces along its first axis.
+
+    A GPU then holds the pieces beside the whole, but never more than `AT_ONCE` of them.
+    """
     if (
         not isinstance(array, np.ndarray)
+        or array.ndim < 1
         or array.nbytes < 2 * PIECE
         or not array.flags.c_contiguous
         or not isinstance(sharding, SingleDeviceSharding | None)
     ):
         return jax.device_put(array, sharding)
-    # Where would it go?
-    probe = jax.device_put(np.zeros((), bool), sharding)
-    if isinstance(probe, jax.core.Tracer) or not _takes_pieces(probe):
+    zero = jax.device_put(np.zeros((), array.dtype), sharding)
+    if isinstance(zero, jax.core.Tracer) or not _takes_pieces(zero):
         return jax.device_put(array, sharding)
-    flat, step = array.reshape(-1), PIECE // array.itemsize
-    pieces = [flat[start : start + step] for start in range(0, flat.size, step)]
-    return _joined(jax.device_put(pieces, sharding), array.shape)
+    row = array.nbytes // len(array)
+    if row > PIECE:
+        return _elements_sent(array, zero, sharding)
+    step = PIECE // row
+    if array.nbytes <= AT_ONCE:
+        pieces = [array[start : start + step] for start in range(0, len(array), step)]
+        return _joined(jax.device_put(pieces, sharding))
+    whole = _filled(zero, array.shape)
+    for first in range(0, len(array), AT_ONCE // PIECE * step):
+        wave = array[first : first + AT_ONCE // PIECE * step]
+        pieces = [wave[start : start + step] for start in range(0, len(wave), step)]
+        place, *arrived = jax.device_put([np.int32(first), *pieces], sharding)
+        whole = jax.block_until_ready(_placed(whole, place, arrived))
+    return whole
+
+
+def _elements_sent(array: np.ndarray, zero: jax.Array, sharding: Sharding | None) -> jax.Array:
+    """The same for what has elements above the size of a piece, such as a stack of weights."""
+    whole, coming = _filled(zero, array.shape), 0
+    for index, element in enumerate(array):
+        whole = _set(whole, jax.device_put(np.int32(index), sharding), _sent(element, sharding))
+        coming += element.nbytes
+        if coming >= AT_ONCE:
+            whole, coming = jax.block_until_ready(whole), 0
+    return whole
 
 
 def _takes_pieces(array: jax.Array) -> bool:
@@ -134,31 +162,43 @@ def _takes_pieces(array: jax.Array) -> bool:
     return device.platform == "gpu" and array.sharding.memory_kind in (None, "device")
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _joined(pieces: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    return jnp.concatenate(pieces).reshape(shape)
+@jax.jit
+def _joined(pieces: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(pieces)
 
 
-# The memory of the array that was read last.
-_last: weakref.ref[np.ndarray] | None = None
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(whole: jax.Array, start: Any, pieces: list[jax.Array]) -> jax.Array:
+    for piece in pieces:
+        whole = lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0)
+        start = start + piece.shape[0]
+    return whole
 
 
-def _read(array: LazyArray) -> np.ndarray:
-    """An array on the host, where the one before is no more.
+# The memory of the array that was read last, and what was made of it.
+_last: tuple[weakref.ref[np.ndarray], weakref.ref[jax.Array]] | None = None
+
+
+def _read_and_sent(array: LazyArray, sharding: Sharding | None) -> jax.Array:
+    """An array read and sent, when the one before is no more on the host.
 
     XLA frees a numpy array when it is called for the next time, not when it has read it, and
     sometimes only at a later call: up to a tenth of a second later, seen at 180 MB (jax 0.10.2 on
-    a busy CPU). So it is called until it has, but not for ever: somebody may hold the array.
+    a busy CPU). So it is called until it has, but not for ever, and not where what was made of it
+    is still in use, which on a CPU is the same memory.
     """
     global _last
     end = time.monotonic() + PATIENCE
-    while _last is not None and _last() is not None and time.monotonic() < end:
+    while (last := _last) is not None and time.monotonic() < end:
+        if last[0]() is None or last[1]() is not None:
+            break
         jax.block_until_ready(_filled(jax.device_put(np.float32(0)), ()))
         time.sleep(0.0005)
     whole = np.asarray(array)
     assert isinstance(whole.base, np.ndarray)
-    _last = weakref.ref(whole.base)
-    return whole
+    made = _sent(whole, sharding)
+    _last = weakref.ref(whole.base), weakref.ref(made)
+    return made
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -8,10 +8,10 @@ programs that do nothing in place of the kernels); the device needs 9.2 (an H200
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,14 +83,15 @@ class _Plan:
     options: tuple[Any, ...]
     bundles: tuple[tuple[Method, tuple[_Part, ...], Facts], ...]
 
-    def is_for(self, options: tuple[Any, ...], params: _Tree, loaded: _Tree) -> bool:
+    def is_for(self, options: tuple[Any, ...], params: _Tree | None, loaded: _Tree | None) -> bool:
         # A node's metadata may be something that cannot be compared, such as a numpy array.
         with contextlib.suppress(TypeError, ValueError):
             return (self.options, self.params, self.loaded) == (options, params, loaded)
         return False
 
 
-_plans: collections.deque[_Plan] = collections.deque(maxlen=REMEMBERED)
+_plans: list[_Plan] = []  # the last used first
+_lock = threading.Lock()
 
 
 def plan_reload(
@@ -109,6 +110,7 @@ def plan_reload(
     if here is not None and there is not None:
         for plan in tuple(_plans):
             if plan.is_for(options, here, there):
+                _remember(plan)
                 return [
                     Bundle(tuple(part.write(leaves, others) for part in parts), method, (), facts)
                     for method, parts, facts in plan.bundles
@@ -124,8 +126,17 @@ def plan_reload(
         parts = _parts(writes, loaded, others)
         if len(parts) == len(writes):
             kept = ((b.method, tuple(parts[w.name] for w in b.writes), b.known) for b in result)
-            _plans.appendleft(_Plan(here, there, options, tuple(kept)))
+            plan = _Plan(here, there, options, tuple(kept))
+            # Made anew: what cannot be compared is equal to nothing but itself.
+            again = (_Tree.of(*jax.tree.flatten(tree)) for tree in (params, loaded))
+            if plan.is_for(options, *again):
+                _remember(plan)
     return result
+
+
+def _remember(plan: _Plan) -> None:
+    with _lock:
+        _plans[:] = [plan, *(other for other in _plans if other is not plan)][:REMEMBERED]
 
 
 def _elements(bundle: Bundle, *, unchecked: bool) -> list[Bundle]:

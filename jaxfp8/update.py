@@ -127,7 +127,7 @@ def reload_params(
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
     arrays in it may be overwritten as soon as this returns (they are sent to the device twice,
-    once to be checked, up to 256 MiB at once, and of a stack element by element;
+    once to be checked, up to 256 MiB at once, and of a stack element by element but for shards;
     `reload_stream` sends them once).
 
     An address moves only where keeping it would destroy somebody else's data: where `params` and

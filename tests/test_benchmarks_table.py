@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # the benchmarks are run from a checkout, not installed
     sys.path.append(str(ROOT))
 
-from benchmarks import _between, _table, shapes, tune  # noqa: E402
+from benchmarks import _between, _search, _table, shapes, tune  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.shapes import Gemm  # noqa: E402
 
@@ -224,6 +224,31 @@ def test_tuning_finds_the_constants_that_made_the_times(table, files, tmp_path, 
     assert content["choices"]["fitted shapes, fitted"]["fast"]["worst"] > 0.99
     for entry in content["faster"]:
         assert {entry["kernel"], entry["faster"]} == {SMALL, MIDDLE} and entry["gain"] > 1.02
+
+
+def test_a_search_mends_a_choice(table):
+    """Where two kernels are expected to take nearly the same, the times say which is better."""
+    other = MIDDLE.replace("1x1", "1x2")
+    rows = [_table.Row(MIDDLE, 0.5, 1.0, 2.0), _table.Row(other, 0.51, 1.0, 2.0)]
+    present = _table.read(table).with_rows(rows)
+    times = {Gemm(m, 4096, 4096): {MIDDLE: 11.0, other: 10.0} for m in (512, 1024, 2048)}
+    assert {present.chosen(shape, "fast") for shape in times} == {MIDDLE}
+    found = _search.refine(present, lambda candidate: tune.cost(candidate, times))
+    assert {found.chosen(shape, "fast") for shape in times} == {other}
+    assert tune.cost(found, times) == 0 < tune.cost(present, times)
+    assert found == _search.rounded(found)
+    # Nothing is changed where nothing is gained.
+    assert _search.refine(found, lambda candidate: tune.cost(candidate, times)) == found
+
+
+def test_a_kernel_that_was_not_timed_is_no_good_choice(table):
+    shape = Gemm(16, 4096, 4096)
+    times = {shape: {MIDDLE: 10.0, LARGE: 10.1}}
+    present = _table.read(table)
+    assert present.chosen(shape, "fast") == SMALL
+    assert tune.cost(present, times) > 0.3
+    timed = present.with_rows([row for row in present.rows if row.kernel != SMALL])
+    assert tune.cost(timed, times) < 0.1
 
 
 def test_shapes_held_out_are_not_fitted_to(table, files, tmp_path):

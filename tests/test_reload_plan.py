@@ -228,4 +228,14 @@ def test_trees_that_cannot_be_compared_are_paired_each_time(accounts):
     for value in (1.0, 2.0):
         params = reload_params(params, {"a": _Annotated(jnp.full(3, value, jnp.float32))})
         assert np.all(params["a"].value == value)
-    assert len(accounts) == 2
+    assert len(accounts) == 2 and not _plan._plans
+
+
+def test_the_plans_used_last_are_kept(accounts):
+    """A model that is reloaded again and again stays, whatever else is reloaded beside it."""
+    params = reload_params(served(), trained(0))
+    for width in range(1, _plan.REMEMBERED + 4):
+        reload_params({"w": jnp.zeros(width)}, {"w": jnp.ones(width)})
+        params = reload_params(params, trained(width))
+    assert len(accounts) == _plan.REMEMBERED + 4
+    assert len(_plan._plans) == _plan.REMEMBERED

@@ -79,6 +79,21 @@ def test_a_lazy_stack_is_read_element_by_element():
     assert_same_bits(updated["w"], PaddedKernel.from_dense(kernels.swapaxes(-1, -2)))
 
 
+def test_a_lazy_array_whose_pieces_are_no_elements_is_written_whole():
+    """A tensor of a file may be a stack by itself."""
+    kernels = weight(2, 3, N, K, seed=6)
+    for stack, pieces, shape in (
+        ((), ((kernels[0, :1], kernels[0, 1:]),), (3,)),
+        ((2,), tuple((kernels[i],) for i in range(2)), (2, 3)),
+    ):
+        params = {"w": PaddedKernel.from_dense(jnp.zeros((*shape, K, N)))}
+        whole = kernels[: len(pieces)].reshape(*shape, N, K)
+        want = PaddedKernel.from_dense(whole.swapaxes(-1, -2))
+        loaded = {"w": DenseWeight(LazyArray(pieces, stack), "out_in")}
+        assert_same_bits(update_params(params, loaded)["w"], want)
+        assert_same_bits(reload_params(params, loaded)["w"], want)
+
+
 def test_a_fault_in_a_stack_of_the_host_names_the_element():
     kernels = weight(LAYERS, K, N)
     kernels[2, 3, 4] = np.nan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -22,37 +24,56 @@ def array(shape, dtype):
 
 
 @pytest.fixture
-def joined(monkeypatch):
-    """Small pieces, on a CPU too; the sizes of those that were joined."""
+def sent(monkeypatch):
+    """Small pieces, on a CPU too; the bytes of those that one program took."""
     sizes: list[list[int]] = []
+    join, place = _lazy._joined, _lazy._placed
 
-    def recorded(pieces, shape, join=_lazy._joined):
-        sizes.append([piece.size for piece in pieces])
-        return join(pieces, shape)
+    def joined(pieces):
+        sizes.append([piece.nbytes for piece in pieces])
+        return join(pieces)
+
+    def placed(whole, start, pieces):
+        sizes.append([piece.nbytes for piece in pieces])
+        return place(whole, start, pieces)
 
     monkeypatch.setattr(_lazy, "PIECE", 1024)
+    monkeypatch.setattr(_lazy, "AT_ONCE", 16 * 1024)
     monkeypatch.setattr(_lazy, "_takes_pieces", lambda array: True)
-    monkeypatch.setattr(_lazy, "_joined", recorded)
+    monkeypatch.setattr(_lazy, "_joined", joined)
+    monkeypatch.setattr(_lazy, "_placed", placed)
     return sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("committed", [False, True])
-def test_pieces_are_the_whole(shape, dtype, committed, joined):
+def test_pieces_are_the_whole(shape, dtype, committed, sent):
     value = array(shape, dtype)
     sharding = jax.sharding.SingleDeviceSharding(mesh_devices(2)[1]) if committed else None
     got, want = _lazy.put(value, sharding), jax.device_put(value, sharding)
     assert_same_bits(got, want)
     assert (got.sharding, got.committed) == (want.sharding, want.committed)
-    if value.nbytes < 2048:
-        assert not joined
-    else:
-        (sizes,) = joined
-        assert sum(sizes) == value.size and set(sizes[:-1]) == {1024 // value.itemsize}
+    # An element between one piece and two goes as it is.
+    assert bool(sent) == (value.nbytes >= 2048 and not 1024 < value[0].nbytes < 2048)
+    assert all(sum(sizes) <= _lazy.AT_ONCE and max(sizes) <= 1024 for sizes in sent)
+    if sent and value.dtype.itemsize < 8:  # float64 arrives as float32
+        assert sum(map(sum, sent)) == value.nbytes
 
 
-def test_what_does_not_go_in_pieces(joined):
+def test_a_large_array_goes_in_waves(sent):
+    value = array((300, 48), np.float32)  # 57,600 bytes, 5 rows a piece, 16 pieces a wave
+    assert_same_bits(_lazy.put(value), value)
+    assert [len(sizes) for sizes in sent] == [16, 16, 16, 12]
+
+
+def test_a_stack_goes_by_elements(sent):
+    value = array((3, 40, 23), np.float32)  # 3,680 bytes each, 11 rows a piece
+    assert_same_bits(_lazy.put(value), value)
+    assert [len(sizes) for sizes in sent] == [4, 4, 4]
+
+
+def test_what_does_not_go_in_pieces(sent):
     turned = array((64, 48), np.float32).T
     mesh = jax.sharding.Mesh(np.array(mesh_devices(2)), "x")
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -60,7 +81,7 @@ def test_what_does_not_go_in_pieces(joined):
     assert _lazy.put(array((64, 48), np.float32), split).sharding == split
     traced = jax.jit(lambda: _lazy.put(array((64, 48), np.float32)))()
     assert_same_bits(traced, array((64, 48), np.float32))
-    assert not joined
+    assert not sent
 
 
 def test_a_cpu_is_sent_the_whole(monkeypatch):
@@ -70,14 +91,24 @@ def test_a_cpu_is_sent_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("stack", [(), (2,)], ids=str)
-def test_lazy_arrays_go_in_pieces(stack, joined):
+def test_lazy_arrays_go_in_pieces(stack, sent):
     parts = (array((40, 16), np.float32), array((24, 16), np.float32))
     lazy = LazyArray((parts,) * (2 if stack else 1), stack)
     assert_same_bits(_lazy.put(lazy), np.asarray(lazy))
-    assert joined == [[256] * 4] * (2 if stack else 1)
+    assert sent == [[1024] * 4] * (2 if stack else 1)
 
 
-def test_a_reload_of_pieces(joined):
+def test_nobody_waits_for_an_array_in_use(monkeypatch):
+    """On a CPU it is the host's memory, for as long as somebody holds it."""
+    monkeypatch.setattr(_lazy, "PATIENCE", 60.0)
+    lazy = LazyArray(((array((40, 16), np.float32),),))
+    start = time.monotonic()
+    held = [_lazy.put(lazy) for _ in range(3)]
+    assert time.monotonic() - start < 30
+    assert_same_bits(held[0], held[2])
+
+
+def test_a_reload_of_pieces(sent):
     value = array((40, 51), np.float32)
     want = {"w": PaddedKernel.from_dense(jnp.asarray(value))}
     served = {"w": PaddedKernel.from_dense(jnp.zeros((40, 51)))}
@@ -87,17 +118,18 @@ def test_a_reload_of_pieces(joined):
         with reload_stream(served) as stream:
             stream.put("w", value)
             assert_same_bits(stream.finish(), want)
-    assert len(joined) == 5  # The stream sends it once, the others twice.
+    assert len(sent) == 5  # The stream sends it once, the others twice.
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [2 * _lazy.PIECE - 4, 2 * _lazy.PIECE, 41_000_004])
-def test_a_gpu_takes_pieces(size, monkeypatch):
-    pieces: list[int] = []
-    join = _lazy._joined
-    monkeypatch.setattr(
-        _lazy, "_joined", lambda some, shape: (pieces.append(len(some)), join(some, shape))[1]
-    )
-    value = array((size // 4,), np.int32)
+@pytest.mark.parametrize("shape", [(4, 1023, 1024), (4096, 1024), (10_001, 1024), (5, 3000, 1024)])
+def test_a_gpu_takes_pieces(shape, monkeypatch):
+    taken: list[int] = []
+    join, place = _lazy._joined, _lazy._placed
+    monkeypatch.setattr(_lazy, "AT_ONCE", 4 * _lazy.PIECE)
+    monkeypatch.setattr(_lazy, "_joined", lambda p: (taken.append(len(p)), join(p))[1])
+    monkeypatch.setattr(_lazy, "_placed", lambda w, s, p: (taken.append(len(p)), place(w, s, p))[1])
+    value = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
     assert_same_bits(_lazy.put(value), value)
-    assert pieces == ([-(-size // _lazy.PIECE)] if size >= 2 * _lazy.PIECE else [])
+    # A piece is 2,048 rows; a stack goes by its elements, those below two pieces as they are.
+    assert taken == {4: [], 4096: [2], 10_001: [4, 1], 5: []}[shape[0]]

@@ -129,6 +129,9 @@ def test_a_value_that_overflows_the_parameter(dtype, over, within):
     params = {"norm": jnp.ones(3, dtype)}
     message = refuse(ValueError, params, {"norm": np.array([1.0, -over, 1.0], np.float32)})
     assert "norm: a weight is NaN or infinite (in the parameter's dtype)" in message
+    if dtype == jnp.float16:
+        wide = jnp.array([1.0, 1e5, 1.0], jnp.bfloat16)  # of 16 bits too
+        assert "norm: a weight is NaN or infinite" in refuse(ValueError, params, {"norm": wide})
     large = np.array([1.0, -within, 1.0], np.float32)
     np.testing.assert_array_equal(
         update_params(params, {"norm": large})["norm"], large.astype(dtype)
