@@ -20,9 +20,10 @@ from jaxfp8._accounting import (
     path_name,
     split_path,
 )
+from jaxfp8._buffers import Buffer, addresses, check_unshared, check_writable
 from jaxfp8._bundles import Bundle, bundles
 from jaxfp8._convert import Conversion, Copy
-from jaxfp8._donate import Buffer, Step, addresses, check_unshared, check_writable, steps
+from jaxfp8._donate import Step, steps
 from jaxfp8._elements import abstract_element, at, element_of
 from jaxfp8._leaf import check_target
 from jaxfp8._placement import bring, element_sharding, no_mesh, source_sharding

@@ -185,12 +185,12 @@ def _read_and_sent(array: LazyArray, sharding: Sharding | None) -> jax.Array:
     XLA frees a numpy array when it is called for the next time, not when it has read it, and
     sometimes only at a later call: up to a tenth of a second later, seen at 180 MB (jax 0.10.2 on
     a busy CPU). So it is called until it has, but not for ever, and not where what was made of it
-    is still in use, which on a CPU is the same memory.
+    is still in use on a CPU, where it is the same memory.
     """
     global _last
     end = time.monotonic() + PATIENCE
     while (last := _last) is not None and time.monotonic() < end:
-        if last[0]() is None or last[1]() is not None:
+        if last[0]() is None or _is_on_cpu(last[1]()):
             break
         jax.block_until_ready(_filled(jax.device_put(np.float32(0)), ()))
         time.sleep(0.0005)
@@ -199,6 +199,10 @@ def _read_and_sent(array: LazyArray, sharding: Sharding | None) -> jax.Array:
     made = _sent(whole, sharding)
     _last = weakref.ref(whole.base), weakref.ref(made)
     return made
+
+
+def _is_on_cpu(array: jax.Array | None) -> bool:
+    return array is not None and any(device.platform == "cpu" for device in array.devices())
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -19,9 +19,9 @@ import jax
 
 from jaxfp8 import _cutlass
 from jaxfp8._accounting import Write, account, entries, path_name
+from jaxfp8._buffers import check_writable
 from jaxfp8._bundles import Bundle, Facts, Method, bundles
 from jaxfp8._convert import Conversion
-from jaxfp8._donate import check_writable
 from jaxfp8._elements import by_element, element_of
 
 

@@ -25,9 +25,10 @@ from jaxfp8._accounting import (
     one_level,
     unbox,
 )
+from jaxfp8._buffers import Buffer, addresses, check_unshared
 from jaxfp8._bundles import Bundle, OneByOne, on_device, where_they_lie
 from jaxfp8._convert import Carry, convert
-from jaxfp8._donate import Buffer, Step, addresses, check_unshared, steps
+from jaxfp8._donate import Step, steps
 from jaxfp8._in_flight import InFlight
 from jaxfp8._leaf import FLOATS
 from jaxfp8._placement import no_mesh, place_like, together
