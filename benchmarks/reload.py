@@ -80,18 +80,25 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_host(options: argparse.Namespace, on_gpu: bool, scale: str) -> int:
-    """The same from host memory, which has no peer but the transfer itself."""
+    """The same from host memory, whose peers are the transfer itself and the host's own copies."""
     sizes = shapes.llama_sizes(**({"layers": 4} if scale == "8b" else SMALL))
     sizes = {name: size for name, size in sizes.items() if name.startswith("layer_")}
     rows, wrong = [], []
-    for layout in _report.Progress(len(LAYOUTS)).steps(LAYOUTS):
+    cases = [(layout, memory) for layout in LAYOUTS for memory in _reload_host.memories()]
+    for layout, memory in _report.Progress(len(cases)).steps(cases):
         loaded = trainer_tree(sizes, layout)
-        served, row = _reload_host.measure(served_tree(sizes), loaded, options.rounds)
+        served, row = _reload_host.measure(served_tree(sizes), loaded, memory, options.rounds)
         wrong += wrong_weights(served, loaded, sizes)
         rows.append(row)
-    columns = ["layout", "device_put alone\nGB/s", "reload_params", "reload_stream"]
+        del served, loaded
+    columns = ["layout", "memory", "host's copy\nGB/s", "device_put,\none by one", "by layer"]
+    columns += ["reload_params,\nsends twice", "stream, put", "put_tree\nby layer"]
     lines = [
-        [row["layout"], *(f"{rate:.1f}" for rate in row["gigabytes_a_second"].values())]
+        [
+            row["layout"],
+            row["memory"],
+            *(f"{rate:.1f}" for rate in row["gigabytes_a_second"].values()),
+        ]
         for row in rows
     ]
     _report.print_table(f"{rows[0]['bytes'] / 1e9:.2f} GB of weights on the host", columns, lines)

@@ -21,8 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxfp8 import _cutlass, _weights
 from jaxfp8._accounting import Write
 from jaxfp8._convert import Carry, Conversion, Copy, Quantize
-from jaxfp8._lazy import put
-from jaxfp8._placement import Spec, in_device_memory, together
+from jaxfp8._placement import Spec, together
 from jaxfp8.padded import Layout
 
 
@@ -190,14 +189,28 @@ class Bundle:
         """Of these, what may still have to be sent."""
         return self.sources if self.known.device is None else []
 
-    def measure(self) -> tuple[Carry, Bool[Array, "parameters flags"]]:
-        """The carry, and for each parameter the flags [weights finite, scales valid]."""
+    @property
+    def read(self) -> list[Any]:
+        """Of these, what `measure` wants to have on a device."""
+        unchecked = isinstance(self.method, ByKernel) and self.method.unchecked
+        return [] if unchecked else self.coming
+
+    def measure(
+        self, arrived: Iterator[jax.Array]
+    ) -> tuple[Carry, Bool[Array, "parameters flags"]]:
+        """The carry, and for each parameter the flags [weights finite, scales valid].
+
+        Args:
+            arrived: gives what `read` names, on devices; other bundles' may come after it.
+        """
         if isinstance(self.method, ByKernel) and self.method.unchecked:
-            return measure(self.method, ((),) * len(self.writes))  # which sends nothing
+            return measure(self.method, ((),) * len(self.writes))
         if self.known.device is not None:
             with jax.default_device(self.known.device):
                 return measure(self.method, tuple(write.sources for write in self.writes))
-        sources = tuple(together(tuple(map(on_device, write.sources))) for write in self.writes)
+        sources = tuple(
+            together(tuple(next(arrived) for _ in write.sources)) for write in self.writes
+        )
         with where_they_lie([array for arrays in sources for array in arrays]):
             return measure(self.method, sources)
 
@@ -249,11 +262,6 @@ def measure(
 ) -> tuple[Carry, Bool[Array, "parameters flags"]]:
     """`method.measure`, compiled."""
     return method.measure(sources)
-
-
-def on_device(source: Any) -> jax.Array:
-    """A loaded array as programs read it."""
-    return in_device_memory(source) if isinstance(source, jax.Array) else put(source)
 
 
 def where_they_lie(arrays: Sequence[Any]) -> contextlib.AbstractContextManager:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -77,14 +77,30 @@ class Step:
         """What writes them."""
         return self.prepared.program
 
-    def run(self, leaves: list[Any], shared: set[Buffer]) -> None:
-        """Write the new content into `leaves`; buffers in `shared` are replaced instead."""
+    @property
+    def wanted(self) -> list[tuple[Any, Sharding]]:
+        """The sources that are to be brought to where the program reads them, and where that is."""
+        if self.prepared.settled:
+            return []
+        where = self.prepared.source_shardings
+        return [
+            pair for write in self.bundle.writes for pair in zip(write.sources, where, strict=True)
+        ]
+
+    def run(self, leaves: list[Any], shared: set[Buffer], arrived: Iterator[jax.Array]) -> None:
+        """Write the new content into `leaves`; buffers in `shared` are replaced instead.
+
+        Args:
+            leaves: of the flattened `params`.
+            shared: buffers that others hold too.
+            arrived: gives what `wanted` names, there; other steps' may come after it.
+        """
         here = self.prepared
         buffers = tuple(tuple(_own(leaves[i], shared) for i in slots) for slots in here.slots)
         carry = tuple(map(bring, self.carry, here.carry_shardings))
         sources = tuple(write.sources for write in self.bundle.writes)
         if not here.settled:
-            sources = tuple(tuple(map(bring, arrays, here.source_shardings)) for arrays in sources)
+            sources = tuple(tuple(next(arrived) for _ in arrays) for arrays in sources)
         with jax.disable_jit(False):  # JAX refuses to run compiled programs under disable_jit.
             fresh = self.program(buffers, carry, sources)
         for slots, arrays in zip(here.slots, fresh, strict=True):

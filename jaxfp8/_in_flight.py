@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxfp8._placement import in_host_memory
+from jaxfp8._send import in_host_memory
 
 
 # Two of the largest matrices of a layer of Llama-3-8B in bfloat16: one is sent while the device

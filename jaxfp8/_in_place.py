@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxfp8._accounting import (
     Entry,
@@ -26,11 +27,12 @@ from jaxfp8._convert import Conversion, Copy
 from jaxfp8._donate import Step, steps
 from jaxfp8._elements import abstract_element, at, element_of
 from jaxfp8._leaf import check_target
-from jaxfp8._placement import bring, element_sharding, no_mesh, source_sharding
+from jaxfp8._placement import element_sharding, no_mesh, source_sharding
 from jaxfp8._rows import Rows
+from jaxfp8._send import arriving
 from jaxfp8._shards import features_of, plan, plan_rows
 from jaxfp8._tally import Part, Tally, declared_shards
-from jaxfp8._values import value_problems
+from jaxfp8._values import Flags, value_problems
 from jaxfp8.update import ReloadError
 
 
@@ -94,17 +96,27 @@ class InPlace:
             types = all(isinstance(error, TypeError) for error in problems.values())
             lines = [f"  {part}: {error}" for part, error in problems.items()]
             raise (TypeError if types else ValueError)(_refusal(values, lines))
-        alike = {part: self._bundle(part, *found) for part, found in plans.items()}
-        measured = {part: bundle.measure() for part, bundle in alike.items()}
-        flags = [(alike[part].names, flags) for part, (_, flags) in measured.items()]
-        if any(isinstance(flag, jax.core.Tracer) for _, flag in flags):
-            raise TypeError(
-                "a `reload_stream` overwrites buffers and cannot be used under jit, vmap or grad, "
-                "but a value is traced. Use `update_params` there."
-            )
+        arrived = arriving(
+            pair for part, found in plans.items() for pair in self._wanted(part, *found)
+        )
+        todo: dict[Part, list[Step]] = {}
+        flags: Flags = []
+        writes: list[Write] = []
+        for part, (conversion, sources) in plans.items():
+            there = tuple(next(arrived) for _ in sources)
+            bundle = self._bundle(part, conversion, there)
+            carry, flag = bundle.measure(iter(there))
+            if isinstance(flag, jax.core.Tracer):
+                raise TypeError(
+                    "a `reload_stream` overwrites buffers and cannot be used under jit, vmap or "
+                    "grad, but a value is traced. Use `update_params` there."
+                )
+            # Here and not after the check: others are on their way.
+            todo[part] = steps(bundle, carry)
+            flags.append((bundle.names, flag))
+            writes += bundle.writes
         if lines := value_problems(flags, allow_nonfinite=self._allow_nonfinite):
             raise ValueError(_refusal(values, lines))
-        todo = {part: steps(bundle, measured[part][0]) for part, bundle in alike.items()}
         given = jax.tree.leaves(list(values.values()))
         shared = set(addresses(*given))
         sizes = []
@@ -114,7 +126,7 @@ class InPlace:
             if is_quantized(values[part]):
                 self.tally.want_x_scale(part.name)
         if not all(isinstance(leaf, jax.Array) for leaf in given):
-            self._release_host_arrays(w for bundle in alike.values() for w in bundle.writes)
+            self._release_host_arrays(writes)
         for size in sizes:
             on_write(size)
 
@@ -132,19 +144,24 @@ class InPlace:
         is_scale = is_calibration(self._names[part.name], self._entries)
         return plan(target, value, is_scale=is_scale)
 
-    def _bundle(self, part: Part, conversion: Conversion, sources: tuple[Any, ...]) -> Bundle:
-        """The write of a part, what it is made from brought to where it lies: once, for both."""
-        slots = self._entries[self._names[part.name]].slots
-        targets = tuple(self._leaves[slots])
+    def _wanted(
+        self, part: Part, conversion: Conversion, sources: tuple[Any, ...]
+    ) -> Iterator[tuple[Any, Sharding | None]]:
+        """What a part is made from, and where it lies: there once, to be measured and written."""
+        target, *_ = self._leaves[self._entries[self._names[part.name]].slots]
         leading = len(part.index)
-        where, ndim = element_sharding(targets[0].sharding, leading), targets[0].ndim - leading
-        sources = tuple(
-            s
-            if isinstance(s, jax.core.Tracer)
-            else bring(s, source_sharding(s, where, ndim, transposes=conversion.transposes))
-            for s in sources
-        )
-        write = Write(str(part), targets, slots, conversion, sources)
+        where, ndim = element_sharding(target.sharding, leading), target.ndim - leading
+        for source in sources:
+            if isinstance(source, jax.core.Tracer):
+                yield source, None
+            else:
+                turned = conversion.transposes
+                yield source, source_sharding(source, where, ndim, transposes=turned)
+
+    def _bundle(self, part: Part, conversion: Conversion, sources: tuple[Any, ...]) -> Bundle:
+        """The write of a part from what is there."""
+        slots = self._entries[self._names[part.name]].slots
+        write = Write(str(part), tuple(self._leaves[slots]), slots, conversion, sources)
         if part.shard is None:
             (bundle,) = bundles([write], unchecked=self._allow_nonfinite)
         else:
@@ -156,7 +173,7 @@ class InPlace:
     def _run(self, part: Part, programs: list[Step], shared: set[Buffer]) -> None:
         for step in programs:
             try:
-                step.run(self._leaves, shared)
+                step.run(self._leaves, shared, arriving(step.wanted))
             except Exception as error:
                 what = f"failed on the device while it wrote {part}: {error}"
                 raise self.stopped(what, part) from error

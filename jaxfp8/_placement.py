@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxfp8._explicit import typed_like
-from jaxfp8._lazy import put
+from jaxfp8._send import in_host_memory, put, unpinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,6 @@ def bring(array: Any, sharding: Sharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
     return put(array, sharding)
-
-
-def in_host_memory(array: Any) -> bool:
-    """Whether programs cannot compute with it yet: of numpy, or offloaded by `pinned_host`."""
-    if isinstance(array, jax.core.Tracer):
-        return False
-    return not isinstance(array, jax.Array) or array.sharding.memory_kind == "pinned_host"
-
-
-def in_device_memory(array: jax.Array) -> jax.Array:
-    """An array that programs compute with: from memory of the host brought to its devices."""
-    return jax.device_put(array, unpinned(array.sharding)) if in_host_memory(array) else array
-
-
-def unpinned(sharding: Sharding) -> Sharding:
-    """The same devices, and their own memory."""
-    device: Any = next(iter(sharding.device_set))
-    return sharding.with_memory_kind(device.default_memory().kind)
 
 
 def together(arrays: Sequence[Any]) -> tuple[Any, ...]:

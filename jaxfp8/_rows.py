@@ -16,16 +16,15 @@ from jax.sharding import auto_axes
 from jaxfp8._accounting import unbox
 from jaxfp8._bundles import Arrays, OneByOne, Wanted, measure
 from jaxfp8._convert import Carry, Conversion
-from jaxfp8._lazy import put
 from jaxfp8._leaf import check_target
 from jaxfp8._placement import (
     bring,
-    in_device_memory,
     is_explicit,
     no_mesh,
     place_like,
     source_sharding,
 )
+from jaxfp8._send import put
 from jaxfp8._shards import logical_rows, plan_rows, rows_of
 from jaxfp8.padded import PaddedKernel
 
@@ -166,12 +165,10 @@ def _brought(source: Any, kernel: Any, conversion: Conversion) -> Any:
         return bring(
             source, source_sharding(source, kernel.sharding, kernel.ndim, transposes=turned)
         )
-    if not isinstance(source, jax.Array):
-        return put(source)
     concrete = isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer)
-    if source.committed and concrete:
+    if isinstance(source, jax.Array) and source.committed and concrete:
         return bring(source, kernel.sharding)
-    return in_device_memory(source)
+    return put(source)
 
 
 def _is_committed(array: jax.Array) -> bool:

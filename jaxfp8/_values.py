@@ -10,6 +10,7 @@ import jax
 from jaxfp8._bundles import Bundle
 from jaxfp8._convert import Carry
 from jaxfp8._in_flight import InFlight
+from jaxfp8._send import arriving
 
 
 # The names of parameters alike, and for each of them whether it is finite and its scales valid.
@@ -27,9 +28,10 @@ def measure_all(
     """
     carries, flags = [], []
     window = InFlight()
+    arrived = arriving((source, None) for bundle in alike for source in bundle.read)
     for bundle in alike:
         size = window.admit(bundle.coming)
-        carry, flag = bundle.measure()
+        carry, flag = bundle.measure(arrived)
         window.sent(size, flag)
         carries.append(carry)
         flags.append((bundle.names, flag))

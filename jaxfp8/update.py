@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jaxfp8._accounting import (
     unbox,
 )
 from jaxfp8._buffers import Buffer, addresses, check_unshared
-from jaxfp8._bundles import Bundle, OneByOne, on_device, where_they_lie
+from jaxfp8._bundles import Bundle, OneByOne, where_they_lie
 from jaxfp8._convert import Carry, convert
 from jaxfp8._donate import Step, steps
 from jaxfp8._in_flight import InFlight
@@ -34,6 +34,7 @@ from jaxfp8._leaf import FLOATS
 from jaxfp8._placement import no_mesh, place_like, together
 from jaxfp8._plan import plan_reload
 from jaxfp8._progress import report
+from jaxfp8._send import arriving
 from jaxfp8._values import check_values, measure_all
 from jaxfp8.padded import PaddedKernel
 
@@ -102,9 +103,10 @@ def update_params(
     check_values(flags, allow_nonfinite=False)
     leaves, treedef = jax.tree.flatten(params)
     window = InFlight()
+    arrived = arriving((source, None) for write in writes for source in write.sources)
     for write, carry in zip(writes, carries, strict=True):
         size = window.admit(write.sources)
-        leaves[write.slots] = _converted(write, carry)
+        leaves[write.slots] = _converted(write, carry, arrived)
         window.sent(size, leaves[write.slots])
     window.finish()
     return jax.tree.unflatten(treedef, leaves)
@@ -127,9 +129,10 @@ def reload_params(
     plugin up to 32 alike together, by one kernel and without further memory. No leaf changes
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
-    arrays in it may be overwritten as soon as this returns (they are sent to the device twice,
-    once to be checked, up to 256 MiB at once, and of a stack element by element but for shards;
-    `reload_stream` sends them once).
+    arrays in it may be overwritten as soon as this returns. They are sent to the device twice,
+    once to be checked; `reload_stream` sends them once. Beside the one in hand, and the whole next
+    one if it lies in pinned memory, up to 192 MiB are on their way; a stack goes element by
+    element, but for shards.
 
     An address moves only where keeping it would destroy somebody else's data: where `params` and
     `loaded` share a buffer (that leaf gets a new one), and on CPU where numpy has a live view of
@@ -172,9 +175,9 @@ def reload_params(
         return _write(params, todo, shared, advance)
 
 
-def _converted(write: Write, carry: Carry) -> Iterable[Any]:
+def _converted(write: Write, carry: Carry, arrived: Iterator[jax.Array]) -> Iterable[Any]:
     # In a frame of its own: nothing holds what came from the host when the next is read.
-    sources = together(tuple(map(on_device, write.sources)))
+    sources = together(tuple(next(arrived) for _ in write.sources))
     with where_they_lie(sources):
         fresh = convert(write.conversion, carry, *sources)
     return map(place_like, fresh, write.targets)
@@ -186,10 +189,11 @@ def _write(
     leaves, treedef = jax.tree.flatten(params)
     last = {id(step.bundle): place for place, step in enumerate(todo)}
     window, done, telling = InFlight(), -1, False
+    arrived = arriving(pair for step in todo for pair in step.wanted)
     try:
         for done, step in enumerate(todo):
             size = window.admit(step.bundle.coming)
-            step.run(leaves, shared)
+            step.run(leaves, shared, arrived)
             window.sent(size, functools.partial(_at, leaves, sum(step.slots, ())), done)
             if done == last[id(step.bundle)]:
                 telling = True

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import BF16, bits, write_sharded
 from update_cases import addresses, assert_same_bits, mesh_devices
 
-from jaxfp8 import _lazy
+from jaxfp8 import _send
 from jaxfp8._lazy import LazyArray
 from jaxfp8.checkpoint import load_safetensors
 from jaxfp8.padded import PaddedKernel, padded_size
@@ -115,7 +115,7 @@ def test_a_lazy_array_is_numpy_when_asked(stack):
     np.testing.assert_array_equal(np.array(array) + 1, wanted + 1)
     with pytest.raises(ValueError, match="`copy` must not be False"):
         np.array(array, copy=False)
-    put = _lazy.put(array)
+    put = _send.put(array)
     assert bits(put) == wanted.tobytes() and not put.committed
 
 
@@ -123,11 +123,11 @@ def test_a_lazy_array_is_numpy_when_asked(stack):
 def test_it_goes_where_it_is_wanted(stack):
     device = mesh_devices(2)[1]
     single = jax.sharding.SingleDeviceSharding(device)
-    assert _lazy.put(lazy(*stack), single).sharding == single
+    assert _send.put(lazy(*stack), single).sharding == single
     mesh = jax.sharding.Mesh(np.array(mesh_devices(2)), "x")
     spec = jax.sharding.PartitionSpec()
     named = jax.sharding.NamedSharding(mesh, spec)
-    put = _lazy.put(lazy(*stack), named)
+    put = _send.put(lazy(*stack), named)
     assert put.sharding == named and bits(put) == bits(np.asarray(lazy(*stack)))
 
 
@@ -146,5 +146,5 @@ def test_a_sharded_tree_takes_lazy_leaves(change, folder):
 def test_disabled_jit_is_no_other_result(folder):
     loaded = load_safetensors(folder, names=NAMES["stacked"], fuse=FUSE)
     with jax.disable_jit():
-        array = _lazy.put(loaded["h"]["gate_up"]["kernel"].value)
+        array = _send.put(loaded["h"]["gate_up"]["kernel"].value)
     assert bits(array) == bits(np.asarray(loaded["h"]["gate_up"]["kernel"].value))

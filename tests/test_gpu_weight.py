@@ -188,7 +188,7 @@ def test_a_write_wants_no_memory_of_the_size_of_the_weight(layout):
     params, loaded = served(2, (1000, 512)), tree(2, 0, layout, (1000, 512))
     writes = account(params, loaded, partial=False, ignore=())
     (kernels,) = [b for b in bundles(writes) if isinstance(b.method, ByKernel)]
-    carry, _ = kernels.measure()
+    carry, _ = kernels.measure(iter(()))
     (step,) = steps(kernels, carry)
     program: Any = step.program
     memory = program.memory_analysis()

@@ -207,16 +207,16 @@ def test_a_device_error_leaves_new_and_old_leaves_in_the_module(monkeypatch):
     model, trainer = served(), Net(seed=1)
     run, done = jaxfp8._donate.Step.run, []
 
-    def fail(step, buffers, shared):
+    def fail(step, leaves, shared, arrived):
         if len(done) == 5:
             raise RuntimeError("out of memory")
-        done.append(step.write.name)
-        return run(step, buffers, shared)
+        done.extend(step.bundle.names)
+        return run(step, leaves, shared, arrived)
 
     monkeypatch.setattr(jaxfp8._donate.Step, "run", fail)
-    with pytest.raises(ReloadError) as caught:
+    with pytest.raises(ReloadError, match="out of memory") as caught:
         reload_model(model, trainer)
-    assert list(caught.value.updated) == done
+    assert list(caught.value.updated) == done and len(done) == 5
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(weights(model)))
     monkeypatch.undo()
     want = dict(nnx.to_flat_state(reference(trainer)))

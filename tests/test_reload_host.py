@@ -117,11 +117,11 @@ def test_a_failure_names_all_that_was_on_its_way(monkeypatch):
     monkeypatch.setattr(_in_flight, "_is_on_cpu", lambda array: False)
     run, runs = jaxfp8._donate.Step.run, []
 
-    def fail(self, leaves, shared):
+    def fail(self, leaves, shared, arrived):
         runs.append(self.bundle.names)
         if len(runs) == 3:
             raise RuntimeError("out of memory")
-        run(self, leaves, shared)
+        run(self, leaves, shared, arrived)
 
     monkeypatch.setattr(jaxfp8._donate.Step, "run", fail)
     with pytest.raises(ReloadError, match="out of memory") as caught:

@@ -26,7 +26,7 @@ def test_a_write_wants_no_memory_of_the_size_of_the_weight(layout, per_channel, 
     loaded = DenseWeight(jnp.ones((K, N) if layout == "in_out" else (N, K), dtype), layout)
     (write,) = account(kernel, loaded, partial=False, ignore=())
     (bundle,) = bundles([write])
-    carry, _ = bundle.measure()
+    carry, _ = bundle.measure(iter(()))
     (step,) = steps(bundle, carry)
     memory = step.program.memory_analysis()
     assert memory.alias_size_in_bytes == kernel.qvalue.nbytes + kernel.scale.nbytes

@@ -24,9 +24,9 @@ def test_a_stack_of_the_host_is_sent_element_by_element(form, monkeypatch):
     sent = []
     run = jaxfp8._donate.Step.run
 
-    def counted(self, leaves, shared):
+    def counted(self, leaves, shared, arrived):
         sent.append(self.bundle.nbytes)
-        run(self, leaves, shared)
+        run(self, leaves, shared, arrived)
 
     monkeypatch.setattr(jaxfp8._donate.Step, "run", counted)
     value = FORMS[form](kernels)

@@ -1,4 +1,4 @@
-"""Arrays of the host reach a GPU in pieces, and are there what `device_put` makes of them."""
+"""Arrays reach a GPU in pieces, ahead of the programs that read them, and are what was sent."""
 
 from __future__ import annotations
 
@@ -11,104 +11,181 @@ import numpy as np
 import pytest
 from update_cases import assert_same_bits, mesh_devices
 
-from jaxfp8 import PaddedKernel, _lazy, reload_params, reload_stream, update_params
+from jaxfp8 import PaddedKernel, _send, reload_params, reload_stream, update_params
 from jaxfp8._lazy import LazyArray
 
 
 DTYPES = [ml_dtypes.bfloat16, np.float32, np.float64, ml_dtypes.float8_e4m3fn, np.int32]
-SHAPES = [(64, 48), (37, 51), (3, 40, 23), (4001,)]
+SHAPES = [(64, 48), (37, 51), (3, 40, 23), (4001,), (2, 3, 500)]
+PIECE, AHEAD = 1024, 16 * 1024
 
 
 def array(shape, dtype):
     return np.random.default_rng(0).integers(-9, 9, shape).astype(dtype)
 
 
+def small(piece):
+    return piece.nbytes <= max(PIECE, piece.nbytes // len(piece))
+
+
+class Watched:
+    """What happens to pieces: `sent` and `waited` count them, `taken` how many programs took."""
+
+    def __init__(self, monkeypatch):
+        self.sent, self.waited = 0, 0
+        self.taken: list[int] = []
+        self.most_ahead = 0
+        device_put, wait = jax.device_put, jax.block_until_ready
+        begun, placed = _send._begun, _send._placed
+
+        def sending(x, *args, **kwargs):
+            arrays = [a for a in jax.tree.leaves(x) if isinstance(a, np.ndarray) and a.ndim]
+            self.sent += sum(a.nbytes for a in arrays)
+            self.most_ahead = max(self.most_ahead, self.sent - self.waited)
+            return device_put(x, *args, **kwargs)
+
+        def waiting(x):
+            self.waited += sum(a.nbytes for a in x) if isinstance(x, list) else 0
+            return wait(x)
+
+        def beginning(shape, pieces):
+            assert all(small(piece) for piece in pieces)
+            self.taken.append(len(pieces))
+            return begun(shape, pieces)
+
+        def placing(whole, start, pieces):
+            assert all(small(piece) for piece in pieces)
+            self.taken.append(len(pieces))
+            return placed(whole, start, pieces)
+
+        monkeypatch.setattr(_send, "PIECE", PIECE)
+        monkeypatch.setattr(_send, "AHEAD", AHEAD)
+        monkeypatch.setattr(_send, "_begun", beginning)
+        monkeypatch.setattr(_send, "_placed", placing)
+        monkeypatch.setattr(jax, "device_put", sending)
+        monkeypatch.setattr(jax, "block_until_ready", waiting)
+
+
 @pytest.fixture
-def sent(monkeypatch):
-    """Small pieces, on a CPU too; the bytes of those that one program took."""
-    sizes: list[list[int]] = []
-    join, place = _lazy._joined, _lazy._placed
-
-    def joined(pieces):
-        sizes.append([piece.nbytes for piece in pieces])
-        return join(pieces)
-
-    def placed(whole, start, pieces):
-        sizes.append([piece.nbytes for piece in pieces])
-        return place(whole, start, pieces)
-
-    monkeypatch.setattr(_lazy, "PIECE", 1024)
-    monkeypatch.setattr(_lazy, "AT_ONCE", 16 * 1024)
-    monkeypatch.setattr(_lazy, "_takes_pieces", lambda array: True)
-    monkeypatch.setattr(_lazy, "_joined", joined)
-    monkeypatch.setattr(_lazy, "_placed", placed)
-    return sizes
+def watched(monkeypatch):
+    """Small pieces, on a CPU too, as if it were a GPU."""
+    is_on = _send._is_on
+    monkeypatch.setattr(
+        _send, "_is_on", lambda a, platform: is_on(a, "cpu" if platform == "gpu" else "gpu")
+    )
+    return Watched(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("committed", [False, True])
-def test_pieces_are_the_whole(shape, dtype, committed, sent):
+def test_pieces_are_the_whole(shape, dtype, committed, watched):
     value = array(shape, dtype)
     sharding = jax.sharding.SingleDeviceSharding(mesh_devices(2)[1]) if committed else None
-    got, want = _lazy.put(value, sharding), jax.device_put(value, sharding)
+    got = _send.put(value, sharding)
+    want = jax.device_put(value, sharding)
     assert_same_bits(got, want)
     assert (got.sharding, got.committed) == (want.sharding, want.committed)
-    # An element between one piece and two goes as it is.
-    assert bool(sent) == (value.nbytes >= 2048 and not 1024 < value[0].nbytes < 2048)
-    assert all(sum(sizes) <= _lazy.AT_ONCE and max(sizes) <= 1024 for sizes in sent)
-    if sent and value.dtype.itemsize < 8:  # float64 arrives as float32
-        assert sum(map(sum, sent)) == value.nbytes
+    assert bool(watched.taken) == (value.nbytes >= 2 * PIECE)
+    assert all(count <= _send.TOGETHER for count in watched.taken)
 
 
-def test_a_large_array_goes_in_waves(sent):
-    value = array((300, 48), np.float32)  # 57,600 bytes, 5 rows a piece, 16 pieces a wave
-    assert_same_bits(_lazy.put(value), value)
-    assert [len(sizes) for sizes in sent] == [16, 16, 16, 12]
+def test_a_program_takes_some_pieces(watched):
+    value = array((300, 48), np.float32)  # 5 rows a piece
+    assert_same_bits(_send.put(value), value)
+    assert watched.taken == [4] * 15
 
 
-def test_a_stack_goes_by_elements(sent):
-    value = array((3, 40, 23), np.float32)  # 3,680 bytes each, 11 rows a piece
-    assert_same_bits(_lazy.put(value), value)
-    assert [len(sizes) for sizes in sent] == [4, 4, 4]
+def test_the_next_arrays_are_on_their_way(watched):
+    values = [array((300, 48), np.float32), array((7,), np.float32), array((64, 48), np.float32)]
+    arrays = _send.arriving((value, None) for value in values)
+    first = next(arrays)
+    # All of the first is there, and behind it as much is on its way as may be.
+    assert watched.waited == values[0].nbytes
+    assert watched.sent - watched.waited == values[1].nbytes + values[2].nbytes
+    for got, value in zip([first, *arrays], values, strict=True):
+        assert_same_bits(got, value)
+    assert watched.waited == watched.sent == sum(value.nbytes for value in values)
+    assert watched.most_ahead <= AHEAD + 2 * _send.TOGETHER * PIECE
 
 
-def test_what_does_not_go_in_pieces(sent):
+def test_what_is_ahead_is_bounded(watched):
+    values = [array((200, 48), np.float32)] * 4
+    for got in _send.arriving((value, None) for value in values):
+        assert_same_bits(got, values[0])
+    assert AHEAD <= watched.most_ahead <= AHEAD + 2 * _send.TOGETHER * PIECE
+
+
+def test_a_lazy_array_is_not_read_ahead(watched):
+    class Read(LazyArray):
+        def __array__(self, dtype=None, copy=None):
+            reads.append(len(reads))
+            return super().__array__(dtype, copy)
+
+    reads: list[int] = []
+    value = array((64, 48), np.float32)
+    lazy = Read(((value[:40], value[40:]),))
+    arrays = _send.arriving([(value, None), (lazy, None), (value, None), (lazy, None)])
+    for want in (0, 1, 1, 2):
+        assert_same_bits(next(arrays), value)
+        assert len(reads) == want
+
+
+def test_what_does_not_go_in_pieces(watched):
     turned = array((64, 48), np.float32).T
     mesh = jax.sharding.Mesh(np.array(mesh_devices(2)), "x")
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    assert_same_bits(_lazy.put(turned), jax.device_put(turned))
-    assert _lazy.put(array((64, 48), np.float32), split).sharding == split
-    traced = jax.jit(lambda: _lazy.put(array((64, 48), np.float32)))()
+    assert_same_bits(_send.put(turned), jax.device_put(turned))
+    assert _send.put(array((64, 48), np.float32), split).sharding == split
+    assert_same_bits(_send.put(array((1, 4800), np.float32)), array((1, 4800), np.float32))
+    traced = jax.jit(lambda: _send.put(array((64, 48), np.float32)))()
     assert_same_bits(traced, array((64, 48), np.float32))
-    assert not sent
+    assert not watched.taken
 
 
-def test_a_cpu_is_sent_the_whole(monkeypatch):
-    monkeypatch.setattr(_lazy, "PIECE", 1024)
-    monkeypatch.setattr(_lazy, "_joined", None)
-    _lazy.put(array((64, 48), np.float32), jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]))
+def test_what_is_there_is_handed_on(watched):
+    there = jnp.arange(4000.0)
+    device = jax.sharding.SingleDeviceSharding(mesh_devices(2)[1])
+    same, moved = _send.arriving([(there, None), (there, device)])
+    assert same is there and moved.sharding == device
+    assert_same_bits(moved, jax.device_put(there, device))
+    assert watched.sent == watched.waited == 0
+
+
+def test_a_cpu_is_sent_the_whole_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_send, "PIECE", 1024)
+    monkeypatch.setattr(_send, "_begun", None)
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    asked = []
+    pairs = ((asked.append(i), (array((64, 48), np.float32), cpu))[1] for i in range(3))
+    device_put, sent = jax.device_put, []
+    monkeypatch.setattr(
+        jax, "device_put", lambda x, *a: (sent.append(x.ndim), device_put(x, *a))[1]
+    )
+    for count, _ in enumerate(_send.arriving(pairs), 1):
+        assert sent.count(2) == count
 
 
 @pytest.mark.parametrize("stack", [(), (2,)], ids=str)
-def test_lazy_arrays_go_in_pieces(stack, sent):
+def test_lazy_arrays_go_in_pieces(stack, watched):
     parts = (array((40, 16), np.float32), array((24, 16), np.float32))
     lazy = LazyArray((parts,) * (2 if stack else 1), stack)
-    assert_same_bits(_lazy.put(lazy), np.asarray(lazy))
-    assert sent == [[1024] * 4] * (2 if stack else 1)
+    assert_same_bits(_send.put(lazy), np.asarray(lazy))
+    assert watched.taken == [4] * (2 if stack else 1)
 
 
 def test_nobody_waits_for_an_array_in_use(monkeypatch):
     """On a CPU it is the host's memory, for as long as somebody holds it."""
-    monkeypatch.setattr(_lazy, "PATIENCE", 60.0)
+    monkeypatch.setattr(_send, "PATIENCE", 60.0)
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     lazy = LazyArray(((array((40, 16), np.float32),),))
     start = time.monotonic()
-    held = [_lazy.put(lazy) for _ in range(3)]
+    held = [_send.put(lazy, cpu) for _ in range(3)]
     assert time.monotonic() - start < 30
     assert_same_bits(held[0], held[2])
 
 
-def test_a_reload_of_pieces(sent):
+def test_a_reload_of_pieces(watched):
     value = array((40, 51), np.float32)
     want = {"w": PaddedKernel.from_dense(jnp.asarray(value))}
     served = {"w": PaddedKernel.from_dense(jnp.zeros((40, 51)))}
@@ -118,18 +195,28 @@ def test_a_reload_of_pieces(sent):
         with reload_stream(served) as stream:
             stream.put("w", value)
             assert_same_bits(stream.finish(), want)
-    assert len(sent) == 5  # The stream sends it once, the others twice.
+    # The stream sends it once, the others twice.
+    assert watched.taken == [4, 4] * 5
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4, 1023, 1024), (4096, 1024), (10_001, 1024), (5, 3000, 1024)])
-def test_a_gpu_takes_pieces(shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(4, 1023, 1024), (4096, 1024), (10_001, 1024), (5, 300, 1024)])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_gpu_takes_pieces(shape, pinned, monkeypatch):
     taken: list[int] = []
-    join, place = _lazy._joined, _lazy._placed
-    monkeypatch.setattr(_lazy, "AT_ONCE", 4 * _lazy.PIECE)
-    monkeypatch.setattr(_lazy, "_joined", lambda p: (taken.append(len(p)), join(p))[1])
-    monkeypatch.setattr(_lazy, "_placed", lambda w, s, p: (taken.append(len(p)), place(w, s, p))[1])
+    begun, placed = _send._begun, _send._placed
+    monkeypatch.setattr(_send, "_begun", lambda s, p: (taken.append(len(p)), begun(s, p))[1])
+    monkeypatch.setattr(
+        _send, "_placed", lambda w, s, p: (taken.append(len(p)), placed(w, s, p))[1]
+    )
     value = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    assert_same_bits(_lazy.put(value), value)
-    # A piece is 2,048 rows; a stack goes by its elements, those below two pieces as they are.
-    assert taken == {4: [], 4096: [2], 10_001: [4, 1], 5: []}[shape[0]]
+    sources = [value, value[:1], value]
+    if pinned:
+        (gpu,) = {jax.devices()[0]}
+        there = jax.sharding.SingleDeviceSharding(gpu, memory_kind="pinned_host")
+        sources = [jax.device_put(source, there) for source in sources]
+    for got, source in zip(_send.arriving((s, None) for s in sources), sources, strict=True):
+        assert_same_bits(got, source)
+        assert got.sharding.memory_kind == "device"
+    pieces = -(-value.nbytes // _send.PIECE)
+    assert sum(taken) == (0 if pinned or shape[0] == 5 else 2 * pieces)

@@ -130,13 +130,13 @@ def test_the_elements_of_a_lost_stack_are_all_lost(monkeypatch):
     params = {"w": PaddedKernel.from_dense(jnp.zeros((4, 5, 7))), "b": jnp.zeros(3)}
     run, runs = jaxfp8._donate.Step.run, []
 
-    def fail(self, leaves, shared):
+    def fail(self, leaves, shared, arrived):
         runs.append(self)
         if len(runs) == 4:
             for i in self.slots[0]:
                 leaves[i].delete()
             raise RuntimeError("out of memory")
-        run(self, leaves, shared)
+        run(self, leaves, shared, arrived)
 
     monkeypatch.setattr(jaxfp8._donate.Step, "run", fail)
     kernels = weight(4, 5, 7)
