@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -55,19 +55,25 @@ def put(array: Any, sharding: Sharding | None = None) -> jax.Array:
     return next(arriving([(array, sharding)]))
 
 
-def arriving(wanted: Iterable[tuple[Any, Sharding | None]]) -> Iterator[jax.Array]:
+def arriving(
+    wanted: Iterable[tuple[Any, Sharding | None]],
+) -> Generator[jax.Array, None, None]:
     """Arrays where they are wanted, in this order, with those that come later on their way.
 
     What comes from the host to a GPU is there when it is handed out: its memory may be overwritten.
-    On a CPU it may still be that memory. A LazyArray is read when it is asked for, and not before.
+    On a CPU it may still be that memory, and nothing goes ahead. A LazyArray is read when it is
+    asked for, and not before. What a transfer raises is raised when that array is asked for.
 
     Args:
         wanted: of numpy, JAX, or LazyArrays, and where; None is the device where an array lies,
             and for those of numpy the default one, as for `jax.device_put`.
     """
-    line = _Line(collections.deque(wanted))
-    while line.more():
-        yield line.take()
+    line = _Line(wanted)
+    try:
+        while line.more():
+            yield line.take()
+    finally:
+        line.drop()  # Who handles an error may want the memory.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class _Wave:
         cost: how much of `AHEAD` it takes.
         shape: of the whole that the pieces make; None for an array itself.
         rest: how many waves of the same whole come after it.
+        error: what was raised in place of sending it.
     """
 
     arrays: list[jax.Array]
@@ -87,6 +94,7 @@ class _Wave:
     cost: int
     shape: tuple[int, ...] | None = None
     rest: int = 0
+    error: Exception | None = None
 
 
 class _Line:
@@ -117,9 +125,17 @@ class _Line:
             whole, start = _placed(whole, start, wave.arrays)
         return whole
 
+    def drop(self) -> None:
+        """Forget what is on its way, and what is not."""
+        self._wanted.clear()
+        self._flying.clear()
+        self._waves = iter(())
+
     def _next(self) -> _Wave:
         wave = self._flying.popleft()
         self._ahead -= wave.cost
+        if wave.error is not None:
+            raise wave.error
         if wave.waits:
             self._send()
             jax.block_until_ready(wave.arrays)
@@ -127,7 +143,11 @@ class _Line:
 
     def _send(self) -> None:
         while self._ahead < AHEAD:
-            wave = next(self._waves, None)
+            try:
+                wave = next(self._waves, None)
+            except Exception as error:
+                self._wanted.clear()
+                wave = _Wave([], False, AHEAD, error=error)
             if wave is not None:
                 self._flying.append(wave)
                 self._ahead += wave.cost
@@ -142,28 +162,30 @@ def _sent(array: Any, sharding: Sharding | None) -> Iterator[_Wave]:
     if isinstance(array, LazyArray):
         yield _Wave([_read(array, sharding)], False, AHEAD)
     elif isinstance(array, jax.Array):
-        comes = in_host_memory(array)
-        where = unpinned(array.sharding) if comes and sharding is None else sharding
+        pinned = in_host_memory(array)
+        where = unpinned(array.sharding) if pinned and sharding is None else sharding
         if where is None or array.sharding == where:
-            yield _Wave([array], False, 0)
+            yield _Wave([array], False, AHEAD if _is_on(array, "cpu") else 0)
         else:
-            yield _Wave([jax.device_put(array, where)], comes, array.nbytes)
+            comes = pinned or _is_on(array, "cpu")
+            yield _alone(jax.device_put(array, where), comes=comes)
     elif (step := _rows_of_a_piece(array, sharding)) is not None:
         rows = _rows(array)
-        starts = range(0, len(rows), TOGETHER * step)
+        together = min(TOGETHER, max(1, TOGETHER * PIECE // rows[:step].nbytes)) * step
+        starts = range(0, len(rows), together)
         for rest, start in zip(reversed(range(len(starts))), starts, strict=True):
-            part = rows[start : start + TOGETHER * step]
+            part = rows[start : start + together]
             pieces = [part[first : first + step] for first in range(0, len(part), step)]
             yield _Wave(jax.device_put(pieces, sharding), True, part.nbytes, array.shape, rest)
     else:
         yield _alone(jax.device_put(array, sharding))
 
 
-def _alone(array: jax.Array) -> _Wave:
-    """What came from the host whole: on a CPU it may still be there, and nothing goes ahead."""
-    if _is_on(array, "gpu"):
+def _alone(array: jax.Array, *, comes: bool = True) -> _Wave:
+    """What was sent whole; whether it came from the host."""
+    if comes and _is_on(array, "gpu"):
         return _Wave([array], True, array.nbytes)
-    return _Wave([array], False, AHEAD)
+    return _Wave([array], False, AHEAD)  # Nothing waits, so nothing is gained by going ahead.
 
 
 def _rows_of_a_piece(array: Any, sharding: Sharding | None) -> int | None:
@@ -177,9 +199,10 @@ def _rows_of_a_piece(array: Any, sharding: Sharding | None) -> int | None:
     ):
         return None
     rows = _rows(array)
-    if len(rows) < 2 or not _takes_pieces(jax.device_put(np.zeros((), array.dtype), sharding)):
+    if not 2 <= len(rows) < 1 << 31:  # Programs count rows by int32.
         return None
-    return max(1, PIECE // rows[0].nbytes)
+    probe = jax.device_put(np.zeros((), array.dtype), sharding)
+    return max(1, PIECE // rows[0].nbytes) if _takes_pieces(probe) else None
 
 
 def _rows(array: np.ndarray) -> np.ndarray:

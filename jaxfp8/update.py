@@ -130,9 +130,10 @@ def reload_params(
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
     arrays in it may be overwritten as soon as this returns. They are sent to the device twice,
-    once to be checked; `reload_stream` sends them once. Beside the one in hand, and the whole next
-    one if it lies in pinned memory, up to 192 MiB are on their way; a stack goes element by
-    element, but for shards.
+    once to be checked; `reload_stream` sends them once. Behind the one in hand up to 192 MiB are on
+    their way, or the whole next one where it does not go in pieces (from pinned memory, or to a
+    mesh), and up to 256 MiB of what has come are still to be read; a stack goes element by element,
+    but for shards.
 
     An address moves only where keeping it would destroy somebody else's data: where `params` and
     `loaded` share a buffer (that leaf gets a new one), and on CPU where numpy has a live view of
@@ -201,6 +202,7 @@ def _write(
                 telling = False
         window.finish()
     except Exception as error:
+        arrived.close()
         if telling:
             with contextlib.suppress(Exception):
                 window.finish()

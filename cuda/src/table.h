@@ -21,9 +21,10 @@ struct Row {
 // time / the chosen one's is 0.994 in geometric mean and 0.913 at worst (300x3424x1280), promoted
 // 0.999 and 0.957; with the fit alone 0.991 and 0.830. At 3 of the 332 the choice was not timed.
 //
-// By hand only: Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.06 less `launch`, so that where
-// both are expected to take the same and the product is large, 1x2 runs, which reads less and so
-// leaves the tensor cores more power.
+// By hand only: Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.16 less `launch`. Where both are
+// expected to take nearly the same, 1x1 runs if the product is small (1024x3424x1280 takes 9.4 us
+// and with 1x2 9.6, without dependent launch 10.7 and 11.6; H200, 2026-11-23), and 1x2 if it is
+// large: it reads less, and so leaves the tensor cores more power.
 //
 // Compiled, timed at all 332 shapes and left out, as the best choice without them is 0.1 % slower
 // in geometric mean: Cooperative 128x256, 256x128 and 128x160, Pingpong 64x128 2x1.
@@ -36,7 +37,7 @@ inline constexpr Row kTable[] = {
     {Kernel::fast_swap_pp_64x64x256_1x1,     0.263, 0.354, 0.913},
     {Kernel::fast_swap_pp_64x64x128_1x2,     0.132, 0.380, 1.013},
     {Kernel::fast_swap_pp_64x128x128_1x1,    0.215, 0.467, 1.098},
-    {Kernel::fast_pp_128x128x128_1x1,        0.382, 0.511, 1.600},
+    {Kernel::fast_pp_128x128x128_1x1,        0.382, 0.511, 1.500},
     {Kernel::fast_pp_128x128x128_1x2,        0.382, 0.445, 1.739},
     {Kernel::fast_pp_128x160x128_1x2,        0.476, 0.931, 2.869},
     {Kernel::fast_coop_128x80x128_1x2,       0.298, 1.987, 1.205},
