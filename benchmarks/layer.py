@@ -22,10 +22,11 @@ from benchmarks import _clocks, _device, _hlo, _mlp, _report, shapes
 
 
 # Both operands rounded to 3 mantissa bits: about 0.04 for each product. Two blocks exchanged give
-# 0.3, scales twice too large more.
-ERROR_LIMIT = 0.1
+# 0.3, scales twice too large more. Of more blocks than these the roundings add up like what is
+# independent, by the root of their number: 4 give 0.06, 21 give 0.14.
+ERROR_LIMIT, ERROR_LAYERS = 0.1, 4
 # bf16 / ours, busy, of the block 4096 -> 14336 -> 4096 at this many rows.
-TARGETS = {(4096, 14336, 16): 1.5, (4096, 14336, 1024): 1.6}
+TARGETS = {(4096, 14336, m): ratio for m, ratio in {16: 1.65, 1024: 1.75, 4096: 1.8}.items()}
 
 # Fp8DirectDotGeneralOp, and post-training quantization by interception: XLA multiplies for both.
 PEERS = ("flax", "qwix")
@@ -101,8 +102,13 @@ def run(options: argparse.Namespace) -> int:
         written = _report.write_json(options.out, "layer", content, quiet=True)
     _print(rows)
     print(f"Written: {written}")
-    errors = [e for row in rows for kind, e in row["errors"].items() if kind not in PEERS]
-    return int(not all(error < ERROR_LIMIT for error in errors))  # false for NaN
+    right = [
+        error < ERROR_LIMIT * max(1, row["layers"] / ERROR_LAYERS) ** 0.5  # false for NaN
+        for row in rows
+        for kind, error in row["errors"].items()
+        if kind not in PEERS
+    ]
+    return int(not all(right))
 
 
 def measure(
