@@ -1,4 +1,4 @@
-"""Arrays of the host on their way to the device: several at once, but never a whole checkpoint."""
+"""Results of arrays of the host that are still to come: of several, never of a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import jax
 from jaxfp8._send import in_host_memory
 
 
-# Two of the largest matrices of a layer of Llama-3-8B in bfloat16: one is sent while the device
-# reads another.
+# Two of the largest matrices of a layer of Llama-3-8B in bfloat16: one comes while the device reads
+# another.
 LIMIT = 256 << 20
 
 
 class InFlight:
-    """A window on what is being sent.
+    """A window on what has come and may still be read.
 
     On a CPU nothing is: XLA reads a numpy array where it lies, while the program runs, so there the
     window holds one parameter.
 
     Args:
-        limit: bytes of host arrays that may be on their way at once; a larger one goes alone.
+        limit: bytes of host arrays that may be read at once; a larger one goes alone.
     """
 
     def __init__(self, limit: int = LIMIT):

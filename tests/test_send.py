@@ -3,91 +3,26 @@
 from __future__ import annotations
 
 import time
-import traceback
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from send_cases import AHEAD, PIECE, array, as_on_a_gpu
 from update_cases import assert_same_bits, mesh_devices
 
-from jaxfp8 import (
-    DenseWeight,
-    KernelShards,
-    PaddedKernel,
-    _send,
-    reload_params,
-    reload_stream,
-    update_params,
-)
+from jaxfp8 import _send
 from jaxfp8._lazy import LazyArray
-from jaxfp8.update import ReloadError
 
 
 DTYPES = [ml_dtypes.bfloat16, np.float32, np.float64, ml_dtypes.float8_e4m3fn, np.int32]
 SHAPES = [(64, 48), (37, 51), (3, 40, 23), (4001,), (2, 3, 500)]
-PIECE, AHEAD = 1024, 16 * 1024
-
-
-def array(shape, dtype):
-    return np.random.default_rng(0).integers(-9, 9, shape).astype(dtype)
-
-
-def small(piece):
-    return piece.nbytes <= max(PIECE, piece.nbytes // len(piece))
-
-
-class Watched:
-    """What happens to pieces: `sent` and `waited` count bytes, `taken` what programs took."""
-
-    def __init__(self, monkeypatch):
-        self.calls, self.sent, self.waited = 0, 0, 0
-        self.fails_at = -1
-        self.taken: list[int] = []
-        self.most_ahead = 0
-        device_put, wait = jax.device_put, jax.block_until_ready
-        begun, placed = _send._begun, _send._placed
-
-        def sending(x, *args, **kwargs):
-            self.calls += 1
-            if self.calls == self.fails_at:
-                raise RuntimeError("out of memory")
-            arrays = [a for a in jax.tree.leaves(x) if isinstance(a, np.ndarray) and a.ndim]
-            self.sent += sum(a.nbytes for a in arrays)
-            self.most_ahead = max(self.most_ahead, self.sent - self.waited)
-            return device_put(x, *args, **kwargs)
-
-        def waiting(x):
-            self.waited += sum(a.nbytes for a in x) if isinstance(x, list) else 0
-            return wait(x)
-
-        def beginning(shape, pieces):
-            assert all(small(piece) for piece in pieces)
-            self.taken.append(len(pieces))
-            return begun(shape, pieces)
-
-        def placing(whole, start, pieces):
-            assert all(small(piece) for piece in pieces)
-            self.taken.append(len(pieces))
-            return placed(whole, start, pieces)
-
-        monkeypatch.setattr(_send, "PIECE", PIECE)
-        monkeypatch.setattr(_send, "AHEAD", AHEAD)
-        monkeypatch.setattr(_send, "_begun", beginning)
-        monkeypatch.setattr(_send, "_placed", placing)
-        monkeypatch.setattr(jax, "device_put", sending)
-        monkeypatch.setattr(jax, "block_until_ready", waiting)
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Small pieces, on a CPU too, as if it were a GPU."""
-    is_on = _send._is_on
-    monkeypatch.setattr(
-        _send, "_is_on", lambda a, platform: is_on(a, "cpu" if platform == "gpu" else "gpu")
-    )
-    return Watched(monkeypatch)
+    return as_on_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
@@ -143,27 +78,6 @@ def test_a_transfer_that_fails_is_that_array_s(watched):
         next(arrays)
 
 
-def test_a_failed_reload_names_the_leaf_whose_transfer_failed(watched):
-    values = {name: array((64, 48), np.float32) + ord(name) for name in "abcd"}
-    params = {name: jnp.zeros((64, 48)) for name in "abcd"}
-    params = reload_params(params, values)
-    first = watched.calls
-    values = {name: value + 1 for name, value in values.items()}
-    params = reload_params(params, values)
-    # The second half of a reload sends what it writes: there the third leaf's last wave fails.
-    watched.fails_at = watched.calls + (watched.calls - first) * 7 // 8
-    with pytest.raises(ReloadError, match="out of memory") as caught:
-        reload_params(params, {name: value + 1 for name, value in values.items()})
-    assert caught.value.failed == ("c",) and caught.value.updated == ("a", "b")
-    new = caught.value.params
-    assert_same_bits([new["a"], new["b"]], [values["a"] + 1, values["b"] + 1])
-    assert_same_bits(new["d"], values["d"])
-    frames = traceback.walk_tb(caught.value.__cause__.__traceback__)
-    lines = [f.f_locals["line"] for f, _ in frames if "line" in f.f_locals]
-    lines += [f.f_locals["self"] for f, _ in frames if f.f_locals.get("self") in lines]
-    assert not any(line._flying for line in lines)
-
-
 def test_a_lazy_array_is_not_read_ahead(watched):
     class Read(LazyArray):
         def __array__(self, dtype=None, copy=None):
@@ -189,6 +103,12 @@ def test_what_does_not_go_in_pieces(watched):
     traced = jax.jit(lambda: _send.put(array((64, 48), np.float32)))()
     assert_same_bits(traced, array((64, 48), np.float32))
     assert not watched.taken
+
+
+def test_more_rows_than_an_int32_counts_go_whole(watched):
+    many = np.empty(1 << 31, np.uint8)  # Never touched: it takes no memory.
+    assert _send._rows_of_a_piece(many, None) is None
+    assert _send._rows_of_a_piece(many[:-1], None) == PIECE
 
 
 def test_what_is_there_is_handed_on(watched):
@@ -242,59 +162,6 @@ def test_nobody_waits_for_an_array_in_use(monkeypatch):
     held = [_send.put(lazy, cpu) for _ in range(3)]
     assert time.monotonic() - start < 30
     assert_same_bits(held[0], held[2])
-
-
-def test_a_reload_of_pieces(watched):
-    value = array((40, 51), np.float32)
-    want = {"w": PaddedKernel.from_dense(jnp.asarray(value))}
-    served = {"w": PaddedKernel.from_dense(jnp.zeros((40, 51)))}
-    with jax.transfer_guard_host_to_device("disallow"):
-        assert_same_bits(update_params(served, {"w": value}), want)
-        assert_same_bits(served := reload_params(served, {"w": value}), want)
-        with reload_stream(served) as stream:
-            stream.put("w", value)
-            assert_same_bits(stream.finish(), want)
-    # The stream sends it once, the others twice.
-    assert watched.taken == [4, 4] * 5
-
-
-@pytest.mark.parametrize("change", [update_params, reload_params, "put_tree"])
-def test_each_leaf_gets_its_own_of_what_is_ahead(change, watched):
-    """Of all kinds, none alike, from numpy, a device and pinned memory."""
-    sizes = {"q": 40, "k": 11}
-    pinned = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
-    whole = {name: array((90, size), np.float32) + ord(name) for name, size in sizes.items()}
-    fused = np.concatenate(list(whole.values()), 1)
-    stack = np.stack([array((40, 51), np.float32) + i for i in range(3)])
-    wide = array((33, 70), np.float32)
-    bias = np.arange(700, dtype=np.float32)
-    loaded = {
-        "a": array((64, 48), np.float32),
-        "b": KernelShards(whole, sizes),
-        "c": jax.device_put(wide, pinned),
-        "d": bias,
-        "e": DenseWeight(array((48, 64), np.float32) + 3, "out_in"),
-        "f": jnp.asarray(bias[:9]),
-        "g": stack,
-    }
-    dense = {
-        "a": loaded["a"],
-        "b": fused,
-        "c": wide,
-        "e": loaded["e"].value.T,
-        "g": stack,
-    }
-    want = {name: PaddedKernel.from_dense(jnp.asarray(value)) for name, value in dense.items()}
-    want |= {"d": bias, "f": bias[:9]}
-    served = jax.tree.map(jnp.zeros_like, want)
-    if change == "put_tree":
-        with reload_stream(served) as stream:
-            stream.put_tree("", loaded)
-            got = stream.finish()
-    else:
-        got = change(served, loaded)
-    assert_same_bits(got, want)
-    assert watched.taken
 
 
 @pytest.mark.gpu
