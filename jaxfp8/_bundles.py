@@ -6,7 +6,6 @@ Of Llama-3-8B's 225 dense layers in `[N, K]`, XLA and a call for each took 16.5 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jaxfp8 import _cutlass, _weights
 from jaxfp8._accounting import Write
 from jaxfp8._convert import Carry, Conversion, Copy, Quantize
+from jaxfp8._devices import cuda_device, device_of, source_device, where_they_lie
 from jaxfp8._placement import Spec, together
 from jaxfp8.padded import Layout
 
@@ -45,6 +43,10 @@ class Method(Protocol):
     @property
     def leading(self) -> int:
         """How many axes the parameter has before those that its sources have too."""
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether `measure` reads nothing."""
 
     def measure(self, sources: Sequence[Arrays]) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """What `write` needs to know of all sources, and for each the flags.
@@ -73,6 +75,7 @@ class OneByOne:
 
     conversion: Conversion
     leading = 0
+    unchecked = False
 
     @property
     def transposes(self) -> bool:
@@ -175,7 +178,7 @@ class Bundle:
         """What follows from their shapes and places."""
         if self.facts is not None:
             return self.facts
-        devices = set(map(_device, self.sources))
+        devices = set(map(device_of, self.sources))
         device = devices.pop() if len(devices) == 1 else None
         return Facts(sum(source.nbytes for source in self.sources), device)
 
@@ -192,8 +195,7 @@ class Bundle:
     @property
     def read(self) -> list[Any]:
         """Of these, what `measure` wants to have on a device."""
-        unchecked = isinstance(self.method, ByKernel) and self.method.unchecked
-        return [] if unchecked else self.coming
+        return [] if self.method.unchecked else self.coming
 
     def measure(
         self, arrived: Iterator[jax.Array]
@@ -203,7 +205,7 @@ class Bundle:
         Args:
             arrived: gives what `read` names, on devices; other bundles' may come after it.
         """
-        if isinstance(self.method, ByKernel) and self.method.unchecked:
+        if self.method.unchecked:
             return measure(self.method, ((),) * len(self.writes))
         if self.known.device is not None:
             with jax.default_device(self.known.device):
@@ -225,7 +227,7 @@ def bundles(writes: Sequence[Write], *, unchecked: bool = False) -> Iterator[Bun
     for index, write in enumerate(writes):
         method = _method(write, unchecked=unchecked)
         arrays = write.targets + write.sources
-        together = _is_small(method) and _cuda_device(arrays) is not None
+        together = _is_small(method) and cuda_device(arrays) is not None
         kind = tuple(map(Spec.of, arrays)) if together else index
         kinds.setdefault((method, kind), []).append(write)
     for (method, _), alike in kinds.items():
@@ -238,10 +240,10 @@ def _method(write: Write, *, unchecked: bool) -> OneByOne | ByKernel:
     if not (isinstance(conversion, Quantize) and conversion.per_channel):
         return OneByOne(conversion)
     (source,) = write.sources
-    device = _cuda_device(write.targets)
+    device = cuda_device(write.targets)
     if (
         device is None
-        or _source_device(source) != device
+        or source_device(source) != device
         or jax.dtypes.canonicalize_dtype(source.dtype) not in KERNEL_DTYPES
         or 0 in source.shape
         or math.prod(source.shape[:-2]) > _weights.MAX_STACK
@@ -262,39 +264,3 @@ def measure(
 ) -> tuple[Carry, Bool[Array, "parameters flags"]]:
     """`method.measure`, compiled."""
     return method.measure(sources)
-
-
-def where_they_lie(arrays: Sequence[Any]) -> contextlib.AbstractContextManager:
-    """Runs a `jit` of uncommitted arrays on their device, which is else the default one.
-
-    Arrays of several devices it leaves to `jit`.
-    """
-    devices = set(map(_device, arrays))
-    where = devices.pop() if len(devices) == 1 else None
-    return contextlib.nullcontext() if where is None else jax.default_device(where)
-
-
-def _cuda_device(arrays: Sequence[Any]) -> jax.Device | None:
-    """The one CUDA device that all arrays are on, if there is one."""
-    devices = set(map(_device, arrays))
-    if len(devices) != 1:
-        return None
-    (device,) = devices
-    return device if device is not None and device.platform == "gpu" else None
-
-
-def _device(array: Any) -> jax.Device | None:
-    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
-        return None
-    if not isinstance(array.sharding, SingleDeviceSharding):
-        return None
-    if array.sharding.memory_kind not in (None, "device"):
-        return None
-    return next(iter(array.sharding.device_set))
-
-
-def _source_device(source: Any) -> jax.Device | None:
-    """Where an array is measured: one of the host on the device that `device_put` takes it to."""
-    if isinstance(source, jax.Array):
-        return _device(source)
-    return _device(jax.device_put(np.zeros((), np.float32)))

@@ -46,6 +46,11 @@ class Element:
         """Whether the loaded matrix is turned on its way."""
         return self.method.transposes
 
+    @property
+    def unchecked(self) -> bool:
+        """Whether `measure` reads nothing."""
+        return self.method.unchecked
+
     def measure(self, sources: Sequence[Arrays]) -> tuple[Carry, Bool[Array, "parameters flags"]]:
         """Of the element alone."""
         return self.method.measure(sources)

@@ -28,12 +28,12 @@ from jaxfp8._donate import Step, steps
 from jaxfp8._elements import abstract_element, at, element_of
 from jaxfp8._leaf import check_target
 from jaxfp8._placement import element_sharding, no_mesh, source_sharding
+from jaxfp8._reload_error import ReloadError
 from jaxfp8._rows import Rows
 from jaxfp8._send import arriving
 from jaxfp8._shards import features_of, plan, plan_rows
 from jaxfp8._tally import Part, Tally, declared_shards
 from jaxfp8._values import Flags, value_problems
-from jaxfp8.update import ReloadError
 
 
 class InPlace:

@@ -106,6 +106,7 @@ class Rows:
     rows: int
     features: int
     leading = 0
+    unchecked = False
 
     @property
     def transposes(self) -> bool:

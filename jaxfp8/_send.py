@@ -21,19 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxfp8 import _pieces
 from jaxfp8._lazy import LazyArray
 
 
-# Bytes of a numpy array that a GPU is sent at once. XLA copies what is sent to pinned memory first,
-# with a thread for each array: whole weights of 117 MB, one at a time, went at 5.8 GB/s.
-PIECE = 8 << 20
 # Bytes that are on their way to a GPU beside the array that is waited for.
-AHEAD = 24 * PIECE
-# Pieces that are sent by one call, and put in their place by one program.
-TOGETHER = 4
+AHEAD = 192 << 20
 PATIENCE = 2.0  # seconds
 
 
@@ -119,10 +114,10 @@ class _Line:
         if wave.shape is None:
             (array,) = wave.arrays
             return array
-        whole, start = _begun(wave.shape, wave.arrays)
+        whole, start = _pieces.begun(wave.shape, wave.arrays)
         while wave.rest:
             wave = self._next()
-            whole, start = _placed(whole, start, wave.arrays)
+            whole, start = _pieces.placed(whole, start, wave.arrays)
         return whole
 
     def drop(self) -> None:
@@ -165,83 +160,23 @@ def _sent(array: Any, sharding: Sharding | None) -> Iterator[_Wave]:
         pinned = in_host_memory(array)
         where = unpinned(array.sharding) if pinned and sharding is None else sharding
         if where is None or array.sharding == where:
-            yield _Wave([array], False, AHEAD if _is_on(array, "cpu") else 0)
+            yield _Wave([array], False, AHEAD if _pieces.is_on(array, "cpu") else 0)
         else:
-            comes = pinned or _is_on(array, "cpu")
+            comes = pinned or _pieces.is_on(array, "cpu")
             yield _alone(jax.device_put(array, where), comes=comes)
-    elif (step := _rows_of_a_piece(array, sharding)) is not None:
-        rows = _rows(array)
-        together = min(TOGETHER, max(1, TOGETHER * PIECE // rows[:step].nbytes)) * step
-        starts = range(0, len(rows), together)
-        for rest, start in zip(reversed(range(len(starts))), starts, strict=True):
-            part = rows[start : start + together]
-            pieces = [part[first : first + step] for first in range(0, len(part), step)]
-            yield _Wave(jax.device_put(pieces, sharding), True, part.nbytes, array.shape, rest)
+    elif (waves := _pieces.waves(array, sharding)) is not None:
+        for pieces, rest in waves:
+            cost = sum(piece.nbytes for piece in pieces)
+            yield _Wave(jax.device_put(pieces, sharding), True, cost, array.shape, rest)
     else:
         yield _alone(jax.device_put(array, sharding))
 
 
 def _alone(array: jax.Array, *, comes: bool = True) -> _Wave:
     """What was sent whole; whether it came from the host."""
-    if comes and _is_on(array, "gpu"):
+    if comes and _pieces.is_on(array, "gpu"):
         return _Wave([array], True, array.nbytes)
     return _Wave([array], False, AHEAD)  # Nothing waits, so nothing is gained by going ahead.
-
-
-def _rows_of_a_piece(array: Any, sharding: Sharding | None) -> int | None:
-    """How many rows a GPU is sent at once; None where an array goes whole."""
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim < 1
-        or array.nbytes < 2 * PIECE
-        or not array.flags.c_contiguous
-        or not isinstance(sharding, SingleDeviceSharding | None)
-    ):
-        return None
-    rows = _rows(array)
-    if not 2 <= len(rows) < 1 << 31:  # Programs count rows by int32.
-        return None
-    probe = jax.device_put(np.zeros((), array.dtype), sharding)
-    return max(1, PIECE // rows[0].nbytes) if _takes_pieces(probe) else None
-
-
-def _rows(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array
-
-
-def _takes_pieces(array: jax.Array) -> bool:
-    # A CPU reads an array where it is; where a function is traced, files are constants.
-    return _is_on(array, "gpu") and array.sharding.memory_kind in (None, "device")
-
-
-def _is_on(array: jax.Array | None, platform: str) -> bool:
-    if array is None or isinstance(array, jax.core.Tracer):
-        return False
-    return any(device.platform == platform for device in array.devices())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _begun(shape: tuple[int, ...], pieces: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A whole with its first rows, and how many these are."""
-    return _with(jnp.zeros(shape, pieces[0].dtype), jnp.int32(0), pieces)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _placed(
-    whole: jax.Array, start: jax.Array, pieces: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """The same with the rows that come next."""
-    return _with(whole, start, pieces)
-
-
-def _with(
-    whole: jax.Array, start: jax.Array, pieces: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    rows = whole.reshape(-1, *pieces[0].shape[1:])
-    for piece in pieces:
-        rows = lax.dynamic_update_slice_in_dim(rows, piece, start, axis=0)
-        start = start + piece.shape[0]
-    return rows.reshape(whole.shape), start
 
 
 def _read(array: LazyArray, sharding: Sharding | None) -> jax.Array:
@@ -280,7 +215,7 @@ def _read_and_sent(array: LazyArray, sharding: Sharding | None) -> jax.Array:
     global _last
     end = time.monotonic() + PATIENCE
     while (last := _last) is not None and time.monotonic() < end:
-        if last[0]() is None or _is_on(last[1](), "cpu"):
+        if last[0]() is None or _pieces.is_on(last[1](), "cpu"):
             break
         jax.block_until_ready(_filled(jax.device_put(np.float32(0)), ()))
         time.sleep(0.0005)

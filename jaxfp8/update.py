@@ -26,37 +26,20 @@ from jaxfp8._accounting import (
     unbox,
 )
 from jaxfp8._buffers import Buffer, addresses, check_unshared
-from jaxfp8._bundles import Bundle, OneByOne, where_they_lie
+from jaxfp8._bundles import Bundle, OneByOne
 from jaxfp8._convert import Carry, convert
+from jaxfp8._devices import where_they_lie
 from jaxfp8._donate import Step, steps
 from jaxfp8._in_flight import InFlight
 from jaxfp8._leaf import FLOATS
 from jaxfp8._placement import no_mesh, place_like, together
 from jaxfp8._plan import plan_reload
 from jaxfp8._progress import report
+from jaxfp8._reload_error import ReloadError as ReloadError
+from jaxfp8._reload_error import reload_error
 from jaxfp8._send import arriving
 from jaxfp8._values import check_values, measure_all
 from jaxfp8.padded import PaddedKernel
-
-
-class ReloadError(RuntimeError):
-    """A reload that stopped half way: a device error after the checks, or a stream left early.
-
-    Attributes:
-        params: the tree as it is now: new leaves where they were written, else the old ones.
-        updated: the paths already new; of a stack that came in elements, `path[i]`.
-        failed: the paths whose write failed; their buffers may be lost. Several where one program
-            writes them (on a GPU, up to 32 of one shape) or more were on their way from the host;
-            none where a stream was left.
-    """
-
-    def __init__(
-        self, message: str, params: Any, updated: tuple[str, ...], failed: tuple[str, ...]
-    ):
-        super().__init__(message)
-        self.params = params
-        self.updated = updated
-        self.failed = failed
 
 
 @no_mesh()
@@ -208,7 +191,7 @@ def _write(
                 window.finish()
         unsure = {*window.labels} if telling else {*window.labels, done}
         tree = jax.tree.unflatten(treedef, leaves)
-        raise _reload_error(todo, done + telling, unsure, tree, error) from error
+        raise reload_error(todo, done + telling, unsure, tree, error) from error
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -256,32 +239,6 @@ def trainable_mask(params: Any) -> Any:
         if entry.learns and not (padded or is_calibration(path, tree)):
             mask[entry.slots] = [_is_trainable(leaf) for leaf in leaves[entry.slots]]
     return jax.tree.unflatten(treedef, mask)
-
-
-def _reload_error(
-    todo: Sequence[Step], done: int, unsure: set[int], params: Any, error: Exception
-) -> ReloadError:
-    """The error after `done` steps; those `unsure` were on their way, or `progress` failed."""
-
-    def names(some: Iterable[int]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for i in some for name in todo[i].bundle.names))
-
-    leaves = jax.tree.leaves(params)
-    # The elements of a stack share its buffers.
-    lost = {i for i, step in enumerate(todo) for j in sum(step.slots, ()) if leaves[j].is_deleted()}
-    failed = names(sorted(unsure | lost))
-    updated = tuple(name for name in names(range(done)) if name not in failed)
-    rest = tuple(name for name in names(range(done, len(todo))) if name not in failed)
-    what = f"failed on the device while it wrote {', '.join(failed)}"
-    return ReloadError(
-        f"`reload_params` {what if failed else 'was stopped by `progress`'}: {error}. Already new: "
-        f"{', '.join(updated) or 'nothing'}. Still old: {', '.join(rest) or 'nothing'}. The "
-        "tree as it is now is this error's `params` attribute; the buffers of what failed "
-        "may be gone. Free memory and reload again, or build the tree anew with `update_params`.",
-        params,
-        updated,
-        failed,
-    )
 
 
 def _has_calibration(node: Any) -> bool:

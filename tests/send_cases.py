@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from jaxfp8 import _send
+from jaxfp8 import _pieces, _send
 
 
 PIECE, AHEAD = 1024, 16 * 1024
@@ -28,7 +28,7 @@ class Watched:
         self.taken: list[int] = []
         self.most_ahead = 0
         device_put, wait = jax.device_put, jax.block_until_ready
-        begun, placed = _send._begun, _send._placed
+        begun, placed = _pieces.begun, _pieces.placed
 
         def sending(x, *args, **kwargs):
             self.calls += 1
@@ -53,17 +53,17 @@ class Watched:
             self.taken.append(len(pieces))
             return placed(whole, start, pieces)
 
-        monkeypatch.setattr(_send, "PIECE", PIECE)
+        monkeypatch.setattr(_pieces, "PIECE", PIECE)
         monkeypatch.setattr(_send, "AHEAD", AHEAD)
-        monkeypatch.setattr(_send, "_begun", beginning)
-        monkeypatch.setattr(_send, "_placed", placing)
+        monkeypatch.setattr(_pieces, "begun", beginning)
+        monkeypatch.setattr(_pieces, "placed", placing)
         monkeypatch.setattr(jax, "device_put", sending)
         monkeypatch.setattr(jax, "block_until_ready", waiting)
 
 
 def as_on_a_gpu(monkeypatch) -> Watched:
-    is_on = _send._is_on
+    is_on = _pieces.is_on
     monkeypatch.setattr(
-        _send, "_is_on", lambda a, platform: is_on(a, "cpu" if platform == "gpu" else "gpu")
+        _pieces, "is_on", lambda a, platform: is_on(a, "cpu" if platform == "gpu" else "gpu")
     )
     return Watched(monkeypatch)

@@ -12,7 +12,7 @@ import pytest
 from send_cases import AHEAD, PIECE, array, as_on_a_gpu
 from update_cases import assert_same_bits, mesh_devices
 
-from jaxfp8 import _send
+from jaxfp8 import _pieces, _send
 from jaxfp8._lazy import LazyArray
 
 
@@ -36,7 +36,7 @@ def test_pieces_are_the_whole(shape, dtype, committed, watched):
     assert_same_bits(got, want)
     assert (got.sharding, got.committed) == (want.sharding, want.committed)
     assert bool(watched.taken) == (value.nbytes >= 2 * PIECE)
-    assert all(count <= _send.TOGETHER for count in watched.taken)
+    assert all(count <= _pieces.TOGETHER for count in watched.taken)
 
 
 def test_a_program_takes_some_pieces(watched):
@@ -52,18 +52,18 @@ def test_the_next_arrays_are_on_their_way(watched):
     first = next(arrays)
     # All of the first is there, and behind it as much is on its way as may be.
     assert watched.waited == values[0].nbytes
-    assert AHEAD <= watched.sent - watched.waited < AHEAD + _send.TOGETHER * PIECE
+    assert AHEAD <= watched.sent - watched.waited < AHEAD + _pieces.TOGETHER * PIECE
     for got, value in zip([first, *arrays], values, strict=True):
         assert_same_bits(got, value)
     assert watched.waited == watched.sent == sum(value.nbytes for value in values)
-    assert AHEAD <= watched.most_ahead < AHEAD + 2 * _send.TOGETHER * PIECE
+    assert AHEAD <= watched.most_ahead < AHEAD + 2 * _pieces.TOGETHER * PIECE
 
 
 @pytest.mark.parametrize("row", [300, 3000, 5000])
 def test_a_wave_of_long_rows_is_no_larger(row, watched):
     value = array((40, row // 4), np.float32)
     assert_same_bits(_send.put(value), value)
-    assert max(watched.taken) * row <= max(_send.TOGETHER * PIECE, row)
+    assert max(watched.taken) * row <= max(_pieces.TOGETHER * PIECE, row)
 
 
 def test_a_transfer_that_fails_is_that_array_s(watched):
@@ -107,8 +107,11 @@ def test_what_does_not_go_in_pieces(watched):
 
 def test_more_rows_than_an_int32_counts_go_whole(watched):
     many = np.empty(1 << 31, np.uint8)  # Never touched: it takes no memory.
-    assert _send._rows_of_a_piece(many, None) is None
-    assert _send._rows_of_a_piece(many[:-1], None) == PIECE
+    assert _pieces.waves(many, None) is None
+    pieces, rest = next(_pieces.waves(many[:-1], None))
+    assert [len(piece) for piece in pieces] == [PIECE] * 4 and rest == ((1 << 31) - 2) // (
+        4 * PIECE
+    )
 
 
 def test_what_is_there_is_handed_on(watched):
@@ -134,8 +137,8 @@ def test_a_cpu_is_sent_the_whole_when_it_is_asked_for(kind, monkeypatch):
     if kind == "pinned_host":
         first = other = jax.device_put(value, pinned)
     device_put, calls = jax.device_put, []
-    monkeypatch.setattr(_send, "PIECE", 1024)
-    monkeypatch.setattr(_send, "_begun", None)
+    monkeypatch.setattr(_pieces, "PIECE", 1024)
+    monkeypatch.setattr(_pieces, "begun", None)
     monkeypatch.setattr(
         jax, "device_put", lambda x, *a: (calls.append(x.shape), device_put(x, *a))[1]
     )
@@ -169,10 +172,10 @@ def test_nobody_waits_for_an_array_in_use(monkeypatch):
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_gpu_takes_pieces(shape, pinned, monkeypatch):
     taken: list[int] = []
-    begun, placed = _send._begun, _send._placed
-    monkeypatch.setattr(_send, "_begun", lambda s, p: (taken.append(len(p)), begun(s, p))[1])
+    begun, placed = _pieces.begun, _pieces.placed
+    monkeypatch.setattr(_pieces, "begun", lambda s, p: (taken.append(len(p)), begun(s, p))[1])
     monkeypatch.setattr(
-        _send, "_placed", lambda w, s, p: (taken.append(len(p)), placed(w, s, p))[1]
+        _pieces, "placed", lambda w, s, p: (taken.append(len(p)), placed(w, s, p))[1]
     )
     value = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
     sources = [value, value[:1], value]
@@ -183,5 +186,19 @@ def test_a_gpu_takes_pieces(shape, pinned, monkeypatch):
     for got, source in zip(_send.arriving((s, None) for s in sources), sources, strict=True):
         assert_same_bits(got, source)
         assert got.sharding.memory_kind == "device"
-    pieces = -(-value.nbytes // _send.PIECE)
+    pieces = -(-value.nbytes // _pieces.PIECE)
     assert sum(taken) == (0 if pinned or shape[0] == 5 else 2 * pieces)
+
+
+@pytest.mark.parametrize("program", ["begun", "placed"])
+def test_programs_of_pieces_have_no_constants(program):
+    """What is a constant stays with the program, on the host and on the device.
+
+    Files are read where nothing is traced, and `jnp.zeros` is computed there.
+    """
+    pieces = [jnp.ones((5, 48))] * 2
+    whole = jnp.ones((64, 48)) if program == "placed" else (64, 48)
+    arguments = (whole, jnp.int32(10), pieces) if program == "placed" else (whole, pieces)
+    with jax.ensure_compile_time_eval():
+        traced = getattr(_pieces, program).trace(*arguments)
+    assert all(np.size(constant) == 1 for constant in traced.jaxpr.consts)
