@@ -19,13 +19,21 @@ OF_ROWS = (("k_tile",), ("tile",), ("launch",), ("k_tile", "tile", "launch"))
 OF_MEMORY = ("rate", "cache_rate", "start")
 
 
-def refine(table: _table.Table, cost: Callable[[_table.Table], float]) -> _table.Table:
-    """The table with each constant changed, by the `STEPS`, where that makes `cost` less."""
+def refine(
+    table: _table.Table, cost: Callable[[_table.Table], float], *, memory: bool = True
+) -> _table.Table:
+    """The table with each constant changed, by the `STEPS`, where that makes `cost` less.
+
+    Args:
+        table: where the search begins.
+        cost: what is made less.
+        memory: whether the memory's constants may change too.
+    """
     least = cost(table)
     for step in STEPS:
         for _ in range(ROUNDS):
             before = least
-            for change in _changes(len(table.rows)):
+            for change in _changes(len(table.rows), memory=memory):
                 for factor in (1 - step, 1 + step):
                     changed = change(table, factor)
                     if (new := cost(changed)) < least - LEAST_GAIN:
@@ -51,9 +59,9 @@ def rounded(table: _table.Table) -> _table.Table:
     return dataclasses.replace(table.with_rows(rows), memory=memory)
 
 
-def _changes(rows: int) -> list[Callable[[_table.Table, float], _table.Table]]:
+def _changes(rows: int, *, memory: bool) -> list[Callable[[_table.Table, float], _table.Table]]:
     return [
-        *(_of_memory(name) for name in OF_MEMORY),
+        *(_of_memory(name) for name in OF_MEMORY if memory),
         *(_of_row(index, names) for index in range(rows) for names in OF_ROWS),
     ]
 

@@ -31,10 +31,12 @@ class Memory:
 
     Attributes:
         few_rows: from this M on, tiles of 16 rows are not for it.
+        cache_bytes: of the L2 cache; several promoted tiles of few rows do not share more weight.
     """
 
     multiprocessors: int
     few_rows: int
+    cache_bytes: int
     rate: float
     cache_rate: float
     start: float
@@ -69,12 +71,17 @@ class Table:
 
     def chosen(self, shape: Gemm, kind: str) -> str:
         """The kernel that is expected to take least."""
-        rows = [row for row in self.rows if row.kind == kind and self._is_for(row, shape.m)]
+        rows = [row for row in self.rows if row.kind == kind and self._is_for(row, shape)]
         return min(rows, key=lambda row: expected_time(row, self.memory, shape)).kernel
 
-    def _is_for(self, row: Row, m: int) -> bool:
+    def _is_for(self, row: Row, shape: Gemm) -> bool:
         rows = tile_rows(row.kernel)
-        return rows is None or rows > 16 or m < self.memory.few_rows
+        if rows is None or rows > 32:
+            return True
+        if rows <= 16 and shape.m >= self.memory.few_rows:
+            return False
+        is_shared = shape.n * shape.k <= self.memory.cache_bytes
+        return row.kind == "fast" or shape.m <= rows or is_shared
 
     def with_rows(self, rows: Sequence[Row]) -> Table:
         return dataclasses.replace(self, rows=rows)
@@ -145,9 +152,10 @@ def read(path: Path = TABLE) -> Table:
     for kind in KINDS:
         if all(row.kind != kind for row in rows):
             raise ValueError(f"{path} has no row of a {kind} kernel.")
-    names = ("kMultiprocessors", "kFewRows", "kMemoryRate", "kCacheRate", "kMemoryStart")
-    values = [_constant(text, name, path) for name in names]
-    return Table(rows, Memory(int(values[0]), int(values[1]), *values[2:]))
+    names = ("kMultiprocessors", "kFewRows", "kCacheBytes")
+    counts = [int(_constant(text, name, path)) for name in names]
+    rates = [_constant(text, name, path) for name in ("kMemoryRate", "kCacheRate", "kMemoryStart")]
+    return Table(rows, Memory(*counts, *rates))
 
 
 @functools.cache

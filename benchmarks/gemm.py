@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="twelve shapes of the sixty")
     parser.add_argument(
         "--kernels",
-        choices=("table", "all"),
+        choices=("table", "all", *_table.KINDS),
         default="table",
-        help="all: time every compiled kernel for each shape too, to choose the table's rows",
+        help="all: time every compiled kernel for each shape too, to choose the table's rows; "
+        "fast, promoted: those of one accumulation that are not hopeless, and no peers",
     )
     parser.add_argument("--between", action="store_true", help="the table at shapes off the grid")
     parser.add_argument("--all", action="store_true", help="with --between: every shape")
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         peak, prepare = None, _prepare_on_cpu
         print(_report.NO_GPU)
     todo = _shapes(options, on_gpu)
-    every_kernel = options.between or options.kernels == "all"
+    every_kernel = options.between or options.kernels != "table"
     table = _table.read()
     rows = []
     for shape in _report.Progress(len(todo)).steps(todo):
@@ -231,6 +232,12 @@ def _gpu_preparation(peak: Peak, options: argparse.Namespace) -> Callable[[Gemm]
         selection = Selection(False, _between.is_worth_timing, start)
     elif options.kernels == "all":
         selection = Selection(kernels=lambda kernel, m: True, promoted_from=1)
+    elif options.kernels != "table":
+
+        def is_wanted(kernel: str, m: int) -> bool:
+            return kernel.startswith(options.kernels) and _between.is_worth_timing(kernel, m)
+
+        selection = Selection(peers=False, kernels=is_wanted, promoted_from=1)
     return Bench(peak, selection).prepare
 
 

@@ -1,6 +1,6 @@
 """The constants of every row of the kernel table, fitted again; edits nothing.
 
-Reads files that hold times of kernels by name, as `gemm --kernels all` and `gemm --between` write
+Reads files that hold times of kernels by name, as `gemm --kernels ...` and `gemm --between` write
 them, and cuda/src/table.h. For each row: the constants as they are, as these times would have them,
 how far that fit is off, and as a search from there would have them, by what the choices cost. Then
 what the choice is worth with each: the best kernel's time / the chosen one's, at the shapes of
@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="gemm.json, kernel-times.json, ...")
     parser.add_argument("--check", nargs="+", type=Path, default=[], help="not fitted to")
     parser.add_argument(
+        "--only",
+        choices=_table.KINDS,
+        help="rows of one accumulation; the memory's constants, which all share, are kept",
+    )
+    parser.add_argument(
         "--table", type=Path, default=_table.TABLE, help="default: cuda/src/table.h"
     )
 
@@ -59,13 +64,17 @@ def run(options: argparse.Namespace) -> int:
         if len({content["environment"].get(key) for content in contents + checks}) > 1:
             print(f"These files differ in their {key}: their times are of different programs.")
     table = _table.read(options.table)
+    if options.only:
+        table = table.with_rows([row for row in table.rows if row.kind == options.only])
     times, held_out = times_of(table, contents), times_of(table, checks)
     if not times:
         print("These files hold no times of the table's kernels: `gemm --kernels all` writes them.")
         return 1
     rows = [fit(row, table.memory, times) for row in table.rows]
     fitted = table.with_rows([_table.Row(row["kernel"], *row["fitted"]) for row in rows])
-    searched = _search.refine(fitted, lambda candidate: cost(candidate, times))
+    searched = _search.refine(
+        fitted, lambda candidate: cost(candidate, times), memory=not options.only
+    )
     for row, found in zip(rows, searched.rows, strict=True):
         row["searched"] = (found.k_tile, found.tile, found.launch)
     choices = {
@@ -98,9 +107,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def times_of(table: _table.Table, contents: Sequence[dict[str, Any]]) -> Times:
-    """The table's kernels' times; of a shape in several files the last one's."""
+    """The table's kernels' times; where several files have one at a shape, the last one's."""
     kernels = {row.kernel for row in table.rows}
-    found = {}
+    found: dict[Gemm, dict[str, float]] = {}
     for row in (row for content in contents for row in content["shapes"]):
         named = {
             name.removeprefix("kernel "): time
@@ -108,7 +117,7 @@ def times_of(table: _table.Table, contents: Sequence[dict[str, Any]]) -> Times:
             if name.removeprefix("kernel ") in kernels
         }
         if named:
-            found[Gemm(row["m"], row["n"], row["k"])] = named
+            found.setdefault(Gemm(row["m"], row["n"], row["k"]), {}).update(named)
     return found
 
 

@@ -5,6 +5,7 @@
 // results; whether a launch does is GemmProblem::dependent.
 #define CUTLASS_ENABLE_GDC_FOR_SM90 1
 
+#include <algorithm>
 #include <numeric>
 
 #include "cutlass/cutlass.h"
@@ -43,9 +44,9 @@ struct Gemm {
   static constexpr bool kPingpong = kSpec.schedule == Schedule::kPingpong;
   static constexpr bool kCooperative = kSpec.schedule == Schedule::kCooperative;
   static constexpr bool kPromoted = kSpec.accumulation == Accumulation::kPromoted;
-  // Of a thread; promotion holds the sums of 64 rows beside those of the tile.
+  // Of a thread; promotion holds two sets of 64 rows or columns of 32 or more beside the tile's.
   static constexpr int kAccumulators = kSpec.tile_m * kSpec.tile_n / (kCooperative ? 256 : 128) +
-                                       (kPromoted ? kSpec.tile_n / 2 : 0);
+                                       (kPromoted ? std::min(kSpec.tile_n, 64) : 0);
   static_assert(!kPromoted || kSpec.tile_k == 128, "promoted every 4 MMAs of 32: every K tile");
 
   using Tile = cute::Shape<cute::Int<kSpec.tile_m>, cute::Int<kSpec.tile_n>,
@@ -81,7 +82,7 @@ struct Gemm {
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       typename Picked::Mainloop>::CollectiveOp;
   using CollectiveMainloop = ClassMainloop<cute::conditional_t<
-      kPromoted, PromotedMainloop<BuiltMainloop, kCooperative>, BuiltMainloop>>;
+      kPromoted, PromotedMainloop<BuiltMainloop>, BuiltMainloop>>;
 
   using Launched =
       GemmKernel<kSpec.schedule, CollectiveMainloop, CollectiveEpilogue, typename Fused::Root, Tile,

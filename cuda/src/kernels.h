@@ -24,8 +24,8 @@ struct KernelSpec {
   Accumulation accumulation;
 };
 
-// NOTES: promoted kernels hold the sums of 64 rows beside those of the tile: 256x128 has 192 of
-// them in each thread of two warpgroups, and 128x160 to 128x192 no more (no spills, nvcc 13.0).
+// NOTES: promoted kernels hold two further sets of sums beside the tile's (promoted_mainloop.cuh):
+// at most 192 in each thread (no spills, nvcc 13.0).
 #define JAXFP8_KERNELS(X)                                                                  \
   X(fast_swap_ws_64x16x256_1x1, 64, 16, 256, 1, 1, kWarpSpecialized, kSwapped, kFast)      \
   X(fast_swap_pp_64x16x256_2x1, 64, 16, 256, 2, 1, kPingpong, kSwapped, kFast)             \
@@ -40,7 +40,9 @@ struct KernelSpec {
   X(fast_coop_128x192x128_2x1, 128, 192, 128, 2, 1, kCooperative, kNormal, kFast)          \
   X(promoted_swap_pp_64x32x128_1x1, 64, 32, 128, 1, 1, kPingpong, kSwapped, kPromoted)     \
   X(promoted_swap_pp_64x64x128_1x1, 64, 64, 128, 1, 1, kPingpong, kSwapped, kPromoted)     \
-  X(promoted_coop_128x128x128_1x2, 128, 128, 128, 1, 2, kCooperative, kNormal, kPromoted)  \
+  X(promoted_swap_pp_64x128x128_1x1, 64, 128, 128, 1, 1, kPingpong, kSwapped, kPromoted)   \
+  X(promoted_pp_128x128x128_1x1, 128, 128, 128, 1, 1, kPingpong, kNormal, kPromoted)       \
+  X(promoted_coop_128x128x128_1x1, 128, 128, 128, 1, 1, kCooperative, kNormal, kPromoted)  \
   X(promoted_coop_128x160x128_2x1, 128, 160, 128, 2, 1, kCooperative, kNormal, kPromoted)  \
   X(promoted_coop_128x192x128_2x1, 128, 192, 128, 2, 1, kCooperative, kNormal, kPromoted)  \
   X(promoted_coop_256x128x128_1x2, 256, 128, 128, 1, 2, kCooperative, kNormal, kPromoted)

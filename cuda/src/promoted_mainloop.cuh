@@ -2,22 +2,45 @@
 #pragma once
 
 #include "cute/tensor.hpp"
-#include "cutlass/arch/barrier.h"
 #include "cutlass/cutlass.h"
 
 namespace jaxfp8 {
 
-// Base's loads and a loop of our own. With kTurns two warpgroups share each tile.
+// Base's loads and a loop of our own. A warpgroup multiplies each K tile in parts: 64 of its rows
+// with all columns of the tile, or with half of them, into one of two sets of sums in turn.
 //
 // NOTES: the tensor core must have work while a warpgroup adds. CUTLASS's loop leaves that to
 // chance: two warpgroups that wait for the same K tile start together, share the tensor core, end
-// together and then both add. Here one's MMAs are issued behind the other's, and it adds while
-// those run. The sums of 64 rows at a time are enough for that, so that 256x128 tiles do not spill.
-// Both together: 0.83 to 0.90 of cuBLASLt without use_fast_accum, M >= 512 (H200, 2026-11-22).
-// Tried: the turn given one MMA earlier (the same) or behind all (0.5 % slower, in another run);
-// two sets of sums for each warpgroup (ptxas serializes the MMAs, C7514).
-template <class Base, bool kTurns>
+// together and then both add. Here each has asked for the next part before it adds the sums of the
+// last. With one set, and turns for the two warpgroups, the best kernel took 1.02 to 1.12 times as
+// long at M >= 512 and 1.1 to 1.5 times below (H200, 2026-11-23).
+//
+// Both sets and the tile's sums must fit the registers: half of the columns where those are many.
+// And ptxas serializes the MMAs (C7514) if one is under way where the loop begins again: so it has
+// several K tiles in a row and then waits, which leaves the tensor core to the other warpgroup.
+// Tried, of no use: two warpgroups with a tile and loads of their own each, so that one multiplies
+// while the other stores (128x96, 64x128: slower at 18 of 19 shapes).
+template <class Base>
 struct PromotedMainloop : Base {
+  static constexpr int kGroups = cute::size(typename Base::TiledMma{}) / 128;
+  static constexpr int kTileM = cute::size<0>(typename Base::TileShape{});
+  static constexpr int kTileN = cute::size<1>(typename Base::TileShape{});
+  static constexpr int kTileSums = kTileM * kTileN / (128 * kGroups);  // of a thread
+  static constexpr int kMostSums = 200;                                // with those of two parts
+  static constexpr int kColumns = kTileSums + kTileN <= kMostSums ? kTileN : kTileN / 2;
+  static constexpr int kPartSums = kColumns / 2;  // of a thread
+  static constexpr int kColumnParts = kTileN / kColumns;
+  static constexpr int kParts = kTileM / (64 * kGroups) * kColumnParts;  // of a K tile
+  static constexpr int kTogether = kParts > 2 ? 2 : 4;                   // K tiles
+
+  using Rows = cute::Int<64 * kGroups>;
+  using PartMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          typename Base::ElementA, typename Base::ElementB, float,
+          cute::Shape<cute::_64, cute::Int<kColumns>, cute::_128>, cute::GMMA::Major::K,
+          cute::GMMA::Major::K>(),
+      cute::Layout<cute::Shape<cute::Int<kGroups>, cute::_1, cute::_1>>{}));
+
   template <class Accumulators>
   CUTLASS_DEVICE void mma(typename Base::MainloopPipeline pipeline,
                           typename Base::PipelineState state, Accumulators& sums, int k_tiles,
@@ -26,59 +49,72 @@ struct PromotedMainloop : Base {
     using namespace cute;
     auto const a = make_tensor(make_smem_ptr(shared.smem_A.data()), typename Base::SmemLayoutA{});
     auto const b = make_tensor(make_smem_ptr(shared.smem_B.data()), typename Base::SmemLayoutB{});
-    typename Base::TiledMma tiled_mma;
+    PartMma part_mma;
     int const group = __shfl_sync(0xffffffff, thread / 128, 0);
-    auto const mine = tiled_mma.get_slice(group * 128);
-    auto const frag_a = mine.make_fragment_A(mine.partition_A(a));  // (MMA, MMA_M, MMA_K, stage)
-    auto const frag_b = mine.make_fragment_B(mine.partition_B(b));  // (MMA, MMA_N, MMA_K, stage)
-    constexpr int kRows64 = decltype(size<1>(frag_a))::value;
-    constexpr int kSteps = decltype(size<2>(frag_a))::value;
-    static_assert(decltype(size<1>(frag_b))::value == 1, "one MMA spans the tile's columns");
-    auto partial = make_fragment_like(sums(_, 0, 0));
+    auto const mine = part_mma.get_slice(group * 128);
+    auto const frag_a = mine.make_fragment_A(mine.partition_A(a));  // (MMA, rows, MMA_K, stage)
+    auto const frag_b = mine.make_fragment_B(mine.partition_B(b));  // (MMA, columns, MMA_K, stage)
+    auto const part_shape = partition_shape_C(part_mma, Shape<Rows, Int<kColumns>>{});
+    auto even = make_tensor<float>(make_shape(get<0>(part_shape)));
+    auto odd = make_fragment_like(even);
+    auto done = state;
     clear(sums);
-    if (group == 1) give_turn(1);
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (; k_tiles > 0; --k_tiles) {
-      pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+
+    auto const issue = [&](auto i, auto& set) {
+      constexpr int kPart = decltype(i)::value % kParts;
+      if constexpr (kPart == 0) pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      warpgroup_fence_operand(set);
+      cute::warpgroup_arrive();
+      part_mma.accumulate_ = GMMA::ScaleOut::Zero;
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows64; ++row) {
-        wait_for_turn(group);
-        warpgroup_fence_operand(partial);
-        cute::warpgroup_arrive();
-        tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
-        CUTLASS_PRAGMA_UNROLL
-        for (int k = 0; k < kSteps; ++k) {
-          cute::gemm(tiled_mma, frag_a(_, row, k, state.index()), frag_b(_, 0, k, state.index()),
-                     partial);
-          tiled_mma.accumulate_ = GMMA::ScaleOut::One;
-          // One MMA early, so that the other's first is there when the last of these ends.
-          if (k == kSteps - 2 && (group == 0 || k_tiles > 1 || row < kRows64 - 1)) {
-            give_turn(group);
-          }
-        }
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<0>();
-        warpgroup_fence_operand(partial);
-        if (row == kRows64 - 1) pipeline.consumer_release(state);
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < size(partial); ++i) sums(i, row, 0) += partial(i);
+      for (int k = 0; k < size<2>(frag_a); ++k) {
+        cute::gemm(part_mma, frag_a(_, kPart / kColumnParts, k, state.index()),
+                   frag_b(_, kPart % kColumnParts, k, state.index()), set);
+        part_mma.accumulate_ = GMMA::ScaleOut::One;
       }
-      ++state;
+      cute::warpgroup_commit_batch();
+      if constexpr (kPart == kParts - 1) ++state;
+    };
+    auto const add = [&](auto i, auto& set) {
+      constexpr int kPart = decltype(i)::value % kParts;
+      warpgroup_fence_operand(set);
+      if constexpr (kPart == kParts - 1) {
+        pipeline.consumer_release(done);
+        ++done;
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int sum = 0; sum < kPartSums; ++sum) {
+        sums(kPart % kColumnParts * kPartSums + sum, kPart / kColumnParts, 0) += set(sum);
+      }
+      warpgroup_fence_operand(sums);  // added here; moved further down they want more registers
+    };
+    auto const multiply = [&](auto tiles) {
+      constexpr int kCount = decltype(tiles)::value * kParts;
+      for_each(make_int_sequence<kCount>{}, [&](auto i) {
+        issue(i, decltype(i)::value % 2 == 0 ? even : odd);
+        if constexpr (decltype(i)::value > 0) {
+          cute::warpgroup_wait<1>();
+          add(i - _1{}, decltype(i)::value % 2 == 0 ? odd : even);
+        }
+      });
+      cute::warpgroup_wait<0>();
+      add(Int<kCount - 1>{}, kCount % 2 == 0 ? odd : even);
+    };
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; k_tiles >= kTogether; k_tiles -= kTogether) multiply(Int<kTogether>{});
+    if constexpr (kParts == 1) {
+      if (k_tiles >= 2) {
+        multiply(_2{});
+        k_tiles -= 2;
+      }
     }
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; k_tiles > 0; --k_tiles) multiply(_1{});
   }
 
   // All of them are done, and their memory released.
   CUTLASS_DEVICE void mma_tail(typename Base::MainloopPipeline, typename Base::PipelineState,
                                int) {}
-
- private:
-  // Named barriers 0 and 1 of the user's, which only Pingpong kernels have in use (kernel.cuh).
-  static CUTLASS_DEVICE void wait_for_turn(int group) {
-    if constexpr (kTurns) cutlass::arch::NamedBarrier::sync(2 * 128, group);
-  }
-  static CUTLASS_DEVICE void give_turn(int group) {
-    if constexpr (kTurns) cutlass::arch::NamedBarrier::arrive(2 * 128, 1 - group);
-  }
 };
 
 }  // namespace jaxfp8

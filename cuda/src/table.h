@@ -14,12 +14,13 @@ struct Row {
   double k_tile, tile, launch;
 };
 
-// Evidence: benchmarks/results/kernel-times.json and kernel-times-check.json: one H200, 2026-11-22,
-// dependent launch, weights rotated past the L2, 332 shapes: the grid of `gemm`, the shapes of
-// `gemm --between` and eight further weights. `python -m benchmarks tune` fits the constants to
-// these times and then searches near the fit for those whose choices cost least. The best kernel's
-// time / the chosen one's is 0.994 in geometric mean and 0.913 at worst (300x3424x1280), promoted
-// 0.999 and 0.957; with the fit alone 0.991 and 0.830. At 3 of the 332 the choice was not timed.
+// Evidence: benchmarks/results/kernel-times.json and kernel-times-check.json (fast, 2026-11-22) and
+// kernel-times-promoted.json (2026-11-23): H200s, dependent launch, weights rotated past the L2, 332
+// shapes: the grid of `gemm`, the shapes of `gemm --between` and eight further weights. `python -m
+// benchmarks tune` fits the constants to these times and then searches near the fit for those whose
+// choices cost least (promoted: `--only promoted`). The best kernel's time / the chosen one's is
+// 0.994 in geometric mean and 0.913 at worst (300x3424x1280), promoted 0.999 and 0.953; with the fit
+// alone 0.991 and 0.830. At 3 of the 332 the fast choice was not timed, at 1 the promoted.
 //
 // By hand only: Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.16 less `launch`. Where both are
 // expected to take nearly the same, 1x1 runs if the product is small (1024x3424x1280 takes 9.4 us
@@ -30,30 +31,33 @@ struct Row {
 // in geometric mean: Cooperative 128x256, 256x128 and 128x160, Pingpong 64x128 2x1.
 inline constexpr Row kTable[] = {
     // clang-format off
-    // kernel                                k_tile  tile   launch
-    {Kernel::fast_swap_ws_64x16x256_1x1,     0.189, 1.058, 0.114},
-    {Kernel::fast_swap_pp_64x16x256_2x1,     0.229, 0.653, 0.000},
-    {Kernel::fast_swap_pp_64x32x256_1x1,     0.221, 0.447, 0.472},
-    {Kernel::fast_swap_pp_64x64x256_1x1,     0.263, 0.354, 0.913},
-    {Kernel::fast_swap_pp_64x64x128_1x2,     0.132, 0.380, 1.013},
-    {Kernel::fast_swap_pp_64x128x128_1x1,    0.215, 0.467, 1.098},
-    {Kernel::fast_pp_128x128x128_1x1,        0.382, 0.511, 1.500},
-    {Kernel::fast_pp_128x128x128_1x2,        0.382, 0.445, 1.739},
-    {Kernel::fast_pp_128x160x128_1x2,        0.476, 0.931, 2.869},
-    {Kernel::fast_coop_128x80x128_1x2,       0.298, 1.987, 1.205},
-    {Kernel::fast_coop_128x192x128_2x1,      0.575, 2.257, 0.061},
-    {Kernel::promoted_swap_pp_64x32x128_1x1, 0.160, 0.129, 1.293},
-    {Kernel::promoted_swap_pp_64x64x128_1x1, 0.180, 0.097, 1.596},
-    {Kernel::promoted_coop_128x128x128_1x2,  0.461, 2.313, 0.000},
-    {Kernel::promoted_coop_128x160x128_2x1,  0.520, 2.808, 0.000},
-    {Kernel::promoted_coop_128x192x128_2x1,  0.611, 2.255, 0.000},
-    {Kernel::promoted_coop_256x128x128_1x2,  0.864, 1.962, 0.000},
+    // kernel                                 k_tile  tile   launch
+    {Kernel::fast_swap_ws_64x16x256_1x1,      0.189, 1.058, 0.114},
+    {Kernel::fast_swap_pp_64x16x256_2x1,      0.229, 0.653, 0.000},
+    {Kernel::fast_swap_pp_64x32x256_1x1,      0.221, 0.447, 0.472},
+    {Kernel::fast_swap_pp_64x64x256_1x1,      0.263, 0.354, 0.913},
+    {Kernel::fast_swap_pp_64x64x128_1x2,      0.132, 0.380, 1.013},
+    {Kernel::fast_swap_pp_64x128x128_1x1,     0.215, 0.467, 1.098},
+    {Kernel::fast_pp_128x128x128_1x1,         0.382, 0.511, 1.500},
+    {Kernel::fast_pp_128x128x128_1x2,         0.382, 0.445, 1.739},
+    {Kernel::fast_pp_128x160x128_1x2,         0.476, 0.931, 2.869},
+    {Kernel::fast_coop_128x80x128_1x2,        0.298, 1.987, 1.205},
+    {Kernel::fast_coop_128x192x128_2x1,       0.575, 2.257, 0.061},
+    {Kernel::promoted_swap_pp_64x32x128_1x1,  0.114, 0.243, 1.244},
+    {Kernel::promoted_swap_pp_64x64x128_1x1,  0.144, 0.273, 1.110},
+    {Kernel::promoted_swap_pp_64x128x128_1x1, 0.226, 0.359, 1.726},
+    {Kernel::promoted_pp_128x128x128_1x1,     0.460, 0.429, 1.704},
+    {Kernel::promoted_coop_128x128x128_1x1,   0.387, 2.281, 0.193},
+    {Kernel::promoted_coop_128x160x128_2x1,   0.484, 3.167, 0.000},
+    {Kernel::promoted_coop_128x192x128_2x1,   0.578, 2.387, 0.415},
+    {Kernel::promoted_coop_256x128x128_1x2,   0.788, 1.984, 0.563},
     // clang-format on
 };
 
 // The multiprocessors of an H100 or H200 (SXM). A GPU with fewer makes the same choices.
 inline constexpr int kMultiprocessors = 132;
 inline constexpr int kFewRows = 64;
+inline constexpr int64_t kCacheBytes = 50000000;  // L2
 // What reaches the memory, and what comes from the L2 cache again, in bytes a microsecond; and when
 // the first of it arrives.
 inline constexpr double kMemoryRate = 3.55e6, kCacheRate = 85e6, kMemoryStart = 1.7;
@@ -76,10 +80,16 @@ constexpr double expected_time6(Row const& row, int m, int n, int k) {
   return power6(compute) + power6(memory);
 }
 
-// Tiles of 16 rows, each of which reads the weight, are for few rows. Without this rule
+// Tiles of few rows, each of which reads the weight. Those of 16 are for few rows: without this rule
 // 64x1280x3424 goes to them, expected to take 4.0 us; it takes 4.8 and with tiles of 32 rows 4.7.
-constexpr bool is_for(KernelSpec const& spec, int m) {
-  return spec.operands == Operands::kNormal || spec.tile_n > 16 || m < kFewRows;
+// Promoted, those of 32 are slower than expected where several read a weight that the L2 cache cannot
+// hold: 33x4096x14336 takes 20.3 us, expected 18.7, and 18.2 by one of 64. Fast ones are not: they
+// take 22.7 us at 33x3584x18944, and those of 64 take 23.0.
+constexpr bool is_for(KernelSpec const& spec, int m, int n, int k) {
+  if (spec.operands == Operands::kNormal || spec.tile_n > 32) return true;
+  if (spec.tile_n <= 16 && m >= kFewRows) return false;
+  return spec.accumulation == Accumulation::kFast || m <= spec.tile_n ||
+         int64_t{n} * k <= kCacheBytes;
 }
 
 // The kernel for a shape; `forced` >= 0 names one outright (tests and tuning).
@@ -90,7 +100,7 @@ constexpr Kernel choose(int m, int n, int k, bool promoted, int forced = -1) {
   double least = 0;
   for (Row const& row : kTable) {
     KernelSpec const& spec = spec_of(row.kernel);
-    if (spec.accumulation != accumulation || !is_for(spec, m)) continue;
+    if (spec.accumulation != accumulation || !is_for(spec, m, n, k)) continue;
     double const time = expected_time6(row, m, n, k);
     if (best == nullptr || time < least) best = &row, least = time;
   }
