@@ -237,7 +237,8 @@ def test_reload_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
     assert "They are no GPU numbers" in capsys.readouterr().out
     content = read(tmp_path, "reload")
     assert content["weights"] == sum(k * n for k, n in shapes.llama_sizes(1, 64).values())
-    for row, layout in zip(content["rows"], reload.LAYOUTS, strict=True):
+    for row, (layout, allowed) in zip(content["rows"], reload.CASES, strict=True):
+        assert row["allow_nonfinite"] == allowed
         assert row["layout"] == layout and row["leaves"] == 2 * 8
         assert (row["recompiles"], row["moved_buffers"], row["wrong"]) == (0, 0, [])
         share = row["bytes_moved"] / (row["milliseconds"]["wall"] * 1e-3)
