@@ -34,6 +34,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell
     A column's name may hold line breaks.
     """
     styled = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
+    assert all(len(row) == len(columns) for row in styled), "a cell for each column"
     try:
         from rich.console import Console
         from rich.table import Table

@@ -246,15 +246,7 @@ def _extra_memory(before: dict[str, int] | None, after: dict[str, int] | None) -
 
 
 def _print(content: dict[str, Any]) -> None:
-    columns = [
-        "layout",
-        "checked",
-        "wall\nms",
-        "busy\nms",
-        "of copy bandwidth,\nwall",
-        "busy",
-        "first\nms",
-    ]
+    columns = ["layout", "checked", "wall\nms", "busy\nms", "of copy bandwidth,\nwall", "busy"]
     columns += ["first\nms", "extra MB\nat peak", "recompiles", "buffers\nmoved", "wrong"]
     lines = []
     for row in content["rows"]:

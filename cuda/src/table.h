@@ -110,11 +110,10 @@ static_assert(spec_of(choose(1, 1, 16, false)).accumulation == Accumulation::kFa
 static_assert(spec_of(choose(1, 1, 16, true)).accumulation == Accumulation::kPromoted);
 
 // Whether the GEMM of a dense call starts while the quantize kernel before it still runs
-// (programmatic dependent launch, with an early trigger). H200, 2026-11-22, an MLP block without
-// and with, us: 4096-14336 at M = 16 40.1 and 37.6, at 128 47.9 and 46.3, at 256 66.1 and 67.5, at
-// 1024 191 and 198, at 4096 765 and 844; 1280-3424 at M = 256 19.2 and 18.1, at 4096 96.6 and 93.8.
-// These are of kernels before the present ones. A GEMM after a GEMM gains at every size
-// (kernel.cuh).
+// (programmatic dependent launch, with an early trigger). An MLP block without and with, us (H200):
+// 4096-14336 at M = 256 66.5 and 66.7, at 1024 196.1 and 196.5, at 4096 768 and 776 (2026-11-23); of
+// earlier kernels at M = 16 40.1 and 37.6, at 128 47.9 and 46.3, and 1280-3424 at M = 256 19.2 and
+// 18.1, at 4096 96.6 and 93.8 (2026-11-22). A GEMM after a GEMM gains at every size (kernel.cuh).
 inline bool starts_early(int m, int n, int k) {
   constexpr int64_t kSmallWeight = 8 << 20;
   return m <= 128 || int64_t{n} * k <= kSmallWeight;
