@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("table", "all", *_table.KINDS),
         default="table",
         help="all: time every compiled kernel for each shape too, to choose the table's rows; "
-        "fast, promoted: those of one accumulation that are not hopeless, and no peers",
+        "fast, promoted: those of one accumulation that are not hopeless, and no peers; the "
+        "table shows the best of fast ones, the JSON has all",
     )
     parser.add_argument("--between", action="store_true", help="the table at shapes off the grid")
     parser.add_argument("--all", action="store_true", help="with --between: every shape")
@@ -237,7 +238,8 @@ def _gpu_preparation(peak: Peak, options: argparse.Namespace) -> Callable[[Gemm]
         def is_wanted(kernel: str, m: int) -> bool:
             return kernel.startswith(options.kernels) and _between.is_worth_timing(kernel, m)
 
-        selection = Selection(peers=False, kernels=is_wanted, promoted_from=1)
+        start = 1 if options.kernels == "promoted" else shapes.PROMOTED_FROM_ROWS
+        selection = Selection(peers=False, kernels=is_wanted, promoted_from=start)
     return Bench(peak, selection).prepare
 
 

@@ -30,7 +30,7 @@ def measure_all(
     window = InFlight()
     arrived = arriving((source, None) for bundle in alike for source in bundle.read)
     for bundle in alike:
-        size = window.admit(bundle.coming)
+        size = window.admit(bundle.read)
         carry, flag = bundle.measure(arrived)
         window.sent(size, flag)
         carries.append(carry)

@@ -112,8 +112,8 @@ def reload_params(
     plugin up to 32 alike together, by one kernel and without further memory. No leaf changes
     shape, dtype, weak type, sharding, committed-ness or address, so a function jitted over the
     tree neither recompiles nor sees buffers move. `loaded` stays alive and unchanged; numpy
-    arrays in it may be overwritten as soon as this returns. They are sent to the device twice,
-    once to be checked; `reload_stream` sends them once. Behind the one in hand up to 192 MiB are on
+    arrays in it may be overwritten as soon as this returns. They are sent to the device twice, once
+    to be checked; `reload_stream` sends them once. Behind the one in hand up to 192 MiB are on
     their way, or the whole next one where it does not go in pieces (from pinned memory, or to a
     mesh), and up to 256 MiB of what has come are still to be read; a stack goes element by element,
     but for shards.
@@ -128,7 +128,8 @@ def reload_params(
         partial: as in `update_params`. Leaves that are kept are handed on, not copied.
         ignore: as in `update_params`.
         allow_nonfinite: accept NaN and infinite weights, to look at a model that has diverged.
-            Scales are checked all the same. With the plugin this also saves the pass that checks.
+            Scales are checked all the same. With the plugin this also saves the pass that
+            checks, and what numpy holds is sent once.
         progress: as in `reload_stream`; the bytes are those of `loaded`, each counted twice: when
             it has been sent to be checked and when it has been sent to be written.
 

@@ -10,6 +10,9 @@ from update_cases import addresses, assert_same_bits, weight
 
 import jaxfp8._donate
 from jaxfp8 import DenseWeight, FP8Weight, PaddedKernel, _in_flight, reload_params, update_params
+from jaxfp8._accounting import account
+from jaxfp8._bundles import Bundle, ByKernel
+from jaxfp8._elements import Element
 from jaxfp8._in_flight import LIMIT, InFlight
 from jaxfp8._lazy import LazyArray
 
@@ -111,3 +114,16 @@ def test_shared_buffers_are_still_refused():
         reload_params(
             {"a": kernel, "b": kernel}, {"a": weight(LAYERS, K, N), "b": weight(LAYERS, K, N)}
         )
+
+
+@pytest.mark.parametrize("unchecked", [False, True])
+def test_an_element_that_is_not_checked_is_not_sent_to_be_checked(unchecked):
+    """As the whole is not, with the plugin's kernels and `allow_nonfinite`."""
+    served = jax.vmap(PaddedKernel.from_dense)(jnp.zeros((LAYERS, K, N)))
+    loaded = np.full((LAYERS, K, N), np.nan, np.float32)
+    (write,) = account(served, loaded, partial=False, ignore=())
+    bundle = Bundle((write,), Element(ByKernel("in_out", unchecked), 1))
+    assert len(bundle.coming) == 1 and len(bundle.read) == (0 if unchecked else 1)
+    if unchecked:
+        carry, flags = bundle.measure(iter(()))
+        assert carry == () and flags.shape == (1, 2) and bool(flags.all())

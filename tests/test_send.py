@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -170,14 +171,17 @@ def test_nobody_waits_for_an_array_in_use(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 1025, 1024), (4096, 1024), (10_001, 1024), (5, 300, 1024)])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_gpu_takes_pieces(shape, pinned, monkeypatch):
+@pytest.mark.parametrize("dtype", [np.int32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_a_gpu_takes_pieces(shape, pinned, dtype, monkeypatch):
     taken: list[int] = []
     begun, placed = _pieces.begun, _pieces.placed
     monkeypatch.setattr(_pieces, "begun", lambda s, p: (taken.append(len(p)), begun(s, p))[1])
     monkeypatch.setattr(
         _pieces, "placed", lambda w, s, p: (taken.append(len(p)), placed(w, s, p))[1]
     )
-    value = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    size = np.prod(shape) * (4 // np.dtype(dtype).itemsize)
+    value = np.arange(size).reshape(*shape[:-1], -1)
+    value = (value if dtype == np.int32 else value % 31 - 15).astype(dtype)
     sources = [value, value[:1], value]
     if pinned:
         (gpu,) = {jax.devices()[0]}
@@ -201,4 +205,10 @@ def test_programs_of_pieces_have_no_constants(program):
     arguments = (whole, jnp.int32(10), pieces) if program == "placed" else (whole, pieces)
     with jax.ensure_compile_time_eval():
         traced = getattr(_pieces, program).trace(*arguments)
-    assert all(np.size(constant) == 1 for constant in traced.jaxpr.consts)
+    literals = [
+        atom.val
+        for equation in traced.jaxpr.eqns
+        for atom in equation.invars
+        if isinstance(atom, jax.extend.core.Literal)
+    ]
+    assert all(np.size(constant) == 1 for constant in [*traced.jaxpr.consts, *literals])

@@ -44,7 +44,7 @@ struct Gemm {
   static constexpr bool kPingpong = kSpec.schedule == Schedule::kPingpong;
   static constexpr bool kCooperative = kSpec.schedule == Schedule::kCooperative;
   static constexpr bool kPromoted = kSpec.accumulation == Accumulation::kPromoted;
-  // Of a thread; promotion holds two sets of 64 rows or columns of 32 or more beside the tile's.
+  // Of a thread; with promotion at least so many, as two further sets are of 32 columns or more.
   static constexpr int kAccumulators = kSpec.tile_m * kSpec.tile_n / (kCooperative ? 256 : 128) +
                                        (kPromoted ? std::min(kSpec.tile_n, 64) : 0);
   static_assert(!kPromoted || kSpec.tile_k == 128, "promoted every 4 MMAs of 32: every K tile");

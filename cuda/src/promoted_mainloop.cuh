@@ -18,7 +18,8 @@ namespace jaxfp8 {
 //
 // Both sets and the tile's sums must fit the registers: half of the columns where those are many.
 // And ptxas serializes the MMAs (C7514) if one is under way where the loop begins again: so it has
-// several K tiles in a row and then waits, which leaves the tensor core to the other warpgroup.
+// several K tiles in a row and then waits, which leaves the tensor core to the other warpgroup of a
+// Cooperative kernel, and idle in a Pingpong one.
 // Tried, of no use: two warpgroups with a tile and loads of their own each, so that one multiplies
 // while the other stores (128x96, 64x128: slower at 18 of 19 shapes).
 template <class Base>
@@ -58,6 +59,7 @@ struct PromotedMainloop : Base {
     auto const part_shape = partition_shape_C(part_mma, Shape<Rows, Int<kColumns>>{});
     auto even = make_tensor<float>(make_shape(get<0>(part_shape)));
     auto odd = make_fragment_like(even);
+    static_assert(decltype(size(even))::value == kPartSums, "one MMA spans a part's columns");
     auto done = state;
     clear(sums);
 

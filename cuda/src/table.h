@@ -22,13 +22,13 @@ struct Row {
 // 0.994 in geometric mean and 0.913 at worst (300x3424x1280), promoted 0.999 and 0.953; with the fit
 // alone 0.991 and 0.830. At 3 of the 332 the fast choice was not timed, at 1 the promoted.
 //
-// By hand only: Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.16 less `launch`. Where both are
+// By hand only: fast Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.16 less `launch`. Where both are
 // expected to take nearly the same, 1x1 runs if the product is small (1024x3424x1280 takes 9.4 us
 // and with 1x2 9.6, without dependent launch 10.7 and 11.6; H200, 2026-11-23), and 1x2 if it is
 // large: it reads less, and so leaves the tensor cores more power.
 //
 // Compiled, timed at all 332 shapes and left out, as the best choice without them is 0.1 % slower
-// in geometric mean: Cooperative 128x256, 256x128 and 128x160, Pingpong 64x128 2x1.
+// in geometric mean: fast Cooperative 128x256, 256x128 and 128x160, fast Pingpong 64x128 2x1.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                 k_tile  tile   launch
@@ -82,9 +82,10 @@ constexpr double expected_time6(Row const& row, int m, int n, int k) {
 
 // Tiles of few rows, each of which reads the weight. Those of 16 are for few rows: without this rule
 // 64x1280x3424 goes to them, expected to take 4.0 us; it takes 4.8 and with tiles of 32 rows 4.7.
-// Promoted, those of 32 are slower than expected where several read a weight that the L2 cache cannot
-// hold: 33x4096x14336 takes 20.3 us, expected 18.7, and 18.2 by one of 64. Fast ones are not: they
-// take 22.7 us at 33x3584x18944, and those of 64 take 23.0.
+// Promoted, one tile of 64 rows is faster than expected where several of 32 would read a weight that
+// the L2 cache cannot hold: 33x4096x14336 takes 18.6 us by it, expected 20.7, and 20.7 by those of
+// 32, expected 20.3. The promoted choices are worth 0.9993 with this rule and 0.9981 without, the
+// fast ones would lose by it.
 constexpr bool is_for(KernelSpec const& spec, int m, int n, int k) {
   if (spec.operands == Operands::kNormal || spec.tile_n > 32) return true;
   if (spec.tile_n <= 16 && m >= kFewRows) return false;
