@@ -22,7 +22,6 @@ from benchmarks import (  # noqa: E402
     _timing,
     _trace,
     gemm,
-    reload,
     shapes,
 )
 from benchmarks.shapes import Gemm  # noqa: E402
@@ -99,16 +98,6 @@ def test_weights_are_rotated_past_the_cache():
 def test_the_peak_is_the_gpus_own(name, bandwidth, known):
     peak = shapes.peak_of(name)
     assert (peak.bandwidth, peak.known) == (bandwidth, known)
-
-
-def test_the_tree_is_llama_3_8b():
-    sizes = shapes.llama_sizes()
-    assert len(sizes) == 32 * 7 + 1
-    assert sum(k * n for k, n in sizes.values()) == 7_504_658_432
-    # Two reads of 2 bytes, one write of 1, and a float32 scale for each output feature.
-    outputs = sum(n for _, n in sizes.values())
-    assert reload.bytes_moved(sizes, 2) == 5 * 7_504_658_432 + 4 * outputs
-    assert reload.bytes_moved(sizes, 1) == 3 * 7_504_658_432 + 4 * outputs
 
 
 def test_ratios_compare_like_with_like():

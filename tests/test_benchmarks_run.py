@@ -231,6 +231,16 @@ def test_the_peer_gets_the_same_bits():
     assert all(row["errors"][f"torch fast, {by}"]["sums"] < 1e-6 for by in ("scaled", "tensor"))
 
 
+def test_the_tree_is_llama_3_8b():
+    sizes = shapes.llama_sizes()
+    assert len(sizes) == 32 * 7 + 1
+    assert sum(k * n for k, n in sizes.values()) == 7_504_658_432
+    # A read is 2 bytes, the write 1, and a float32 scale for each output feature.
+    outputs = sum(n for _, n in sizes.values())
+    moved = [reload.bytes_moved(sizes, reads) - 4 * outputs for reads in (1, 2)]
+    assert moved == [3 * 7_504_658_432, 5 * 7_504_658_432]
+
+
 def test_reload_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
     monkeypatch.setitem(reload.SMALL, "layers", 1)
     assert main(["reload", "--scale", "small", "--rounds", "2", "--out", str(tmp_path)]) == 0

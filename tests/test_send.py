@@ -110,9 +110,8 @@ def test_more_rows_than_an_int32_counts_go_whole(watched):
     many = np.empty(1 << 31, np.uint8)  # Never touched: it takes no memory.
     assert _pieces.waves(many, None) is None
     pieces, rest = next(_pieces.waves(many[:-1], None))
-    assert [len(piece) for piece in pieces] == [PIECE] * 4 and rest == ((1 << 31) - 2) // (
-        4 * PIECE
-    )
+    assert [len(piece) for piece in pieces] == [PIECE] * 4
+    assert rest == ((1 << 31) - 2) // (4 * PIECE)
 
 
 def test_what_is_there_is_handed_on(watched):
