@@ -12,7 +12,7 @@ enum class Schedule { kWarpSpecialized, kPingpong, kCooperative };
 enum class Operands { kNormal, kSwapped };
 
 // NOTES: fast accumulation stays inside the tensor core, about 14 bits wide; promoted adds the
-// partial sums to float32 registers every 4 MMAs, and doubles the accumulator.
+// partial sums to float32 registers every 4 MMAs.
 enum class Accumulation { kFast, kPromoted };
 
 struct KernelSpec {
