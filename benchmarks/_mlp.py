@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.linen import fp8_ops
 
 from benchmarks.shapes import copies_past_cache
+from jaxfp8.calibrate import calibrate
 from jaxfp8.linen import PaddedFP8Dense
 from jaxfp8.padded import PaddedKernel, padded_size
 
@@ -19,8 +20,9 @@ class Block(nn.Module):
     """x + down(gelu(up(x))), `features` -> `hidden` -> `features`, bfloat16 in and out.
 
     Attributes:
-        kind: "fp8" is PaddedFP8Dense with the gelu in its epilogue, "bf16" nn.Dense, "flax"
-            nn.Dense with Flax's own FP8 product.
+        kind: "fp8" is PaddedFP8Dense with the gelu in its epilogue, "static" the same whose first
+            layer gives e4m3 by a static scale, "bf16" nn.Dense, "flax" nn.Dense with Flax's own
+            FP8 product.
     """
 
     features: int
@@ -32,6 +34,10 @@ class Block(nn.Module):
         if self.kind == "fp8":
             h = PaddedFP8Dense(self.hidden, activation="gelu", name="up")(x)
             return x + PaddedFP8Dense(self.features, name="down")(h)
+        if self.kind == "static":
+            scale = self.param("hidden_scale", nn.initializers.ones, (), jnp.float32)
+            h = PaddedFP8Dense(self.hidden, activation="gelu", name="up")(x, out_scale=scale)
+            return x + PaddedFP8Dense(self.features, dtype=x.dtype, name="down")(h)
         options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
         if self.kind == "flax":
             options["dot_general_cls"] = fp8_ops.Fp8DirectDotGeneralOp
@@ -88,6 +94,17 @@ def dense_params(features: int, hidden: int, layers: int) -> dict[str, Any]:
 def fp8_params(params: dict[str, Any]) -> dict[str, Any]:
     """The same weights for PaddedFP8Dense."""
     return {name: fp8_layers(block) for name, block in params.items()}
+
+
+def static_params(params: dict[str, Any], features: int, hidden: int) -> dict[str, Any]:
+    """FP8 `params`, and the scale of what each second layer sees of 256 normal rows."""
+    x = jax.random.normal(jax.random.key(2), (256, features), jnp.bfloat16)
+    stack = Stack(features, hidden, "fp8", len(params))
+    scales = calibrate(stack, params, [x], progress=False)
+    return {
+        name: {**block, "hidden_scale": scales[name]["down"]["x_scale"]}
+        for name, block in params.items()
+    }
 
 
 def flax_variables(stack: nn.Module, params: dict[str, Any], x: jax.Array) -> dict[str, Any]:

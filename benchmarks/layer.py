@@ -4,6 +4,8 @@ A stack of blocks of distinct weights, past the L2 cache together, is compiled a
 numbers are microseconds a block. Busy: the time during which a kernel ran, from a profile. Wall:
 the host's clock over many calls. Contestants run in turn, and ratios are medians of pairs. The
 compiled programs are read too: custom calls, and any copy or transpose of an FP8 weight.
+"static": the same block, whose first layer gives e4m3 by a calibrated scale, so that the second has
+no quantize kernel (at some M).
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
             weights = {block: _weights(block, on_gpu) for block in group}
         kinds = ["fp8", "bf16"]
         kinds += ["scanned"] if m in shapes.SCANNED_ROWS or not on_gpu else []
+        kinds += ["static"] if m in shapes.STATIC_ROWS or not on_gpu else []
         kinds += _peers() if options.peers else []
         contestants = [_compile(kind, b, m, weights[b]) for b in group for kind in kinds]
         rows += measure(contestants, m, options.rounds, trace=on_gpu and not options.no_trace)
@@ -168,7 +171,8 @@ def _weights(block: Block, on_gpu: bool) -> dict[str, Any]:
     layers = _mlp.layers_past_cache(*block) if on_gpu else 3
     dense = _mlp.dense_params(*block, layers)
     fp8 = _mlp.fp8_params(dense)
-    return {"bf16": dense, "flax": dense, "qwix": dense, "fp8": fp8, "scanned": _mlp.stacked(fp8)}
+    own = {"fp8": fp8, "scanned": _mlp.stacked(fp8), "static": _mlp.static_params(fp8, *block)}
+    return {"bf16": dense, "flax": dense, "qwix": dense, **own}
 
 
 def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contestant:
@@ -191,7 +195,7 @@ def _compile(kind: str, block: Block, m: int, weights: dict[str, Any]) -> Contes
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     clock = "busy" if all("busy" in row["microseconds"] for row in rows) else "wall"
-    kinds = [k for k in ("bf16", "scanned", *PEERS) if any(k in r["hlo"] for r in rows)]
+    kinds = [k for k in ("bf16", "scanned", "static", *PEERS) if any(k in r["hlo"] for r in rows)]
     peers = [k for k in PEERS if k in kinds]
     columns = ["block", "M", "ours", "bf16", *(f"{kind}\n/ ours" for kind in kinds), "error"]
     columns += ["kernels\nours", "kernels\nbf16", "wall\nours", "wall\nbf16"]
@@ -217,7 +221,9 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         target = TARGETS.get((row["features"], row["hidden"], row["m"]))
         if target is not None:
             ratio = row["ratios"][clock]["bf16"]
-            print(f"{row['features']}-{row['hidden']}, M={row['m']}: {ratio:.2f}, target {target}")
+            line = f"{row['features']}-{row['hidden']}, M={row['m']}: {ratio:.2f}, target {target}"
+            static = row["ratios"][clock].get("static")
+            print(line + (f"; static {ratio / static:.2f}" if static else ""))
     for (features, hidden), kind, hlo in _programs(rows):
         print(
             f"{kind} {features}-{hidden}: custom calls {hlo['custom_calls'] or 'none'}; operations "
@@ -231,6 +237,6 @@ def _programs(rows: Sequence[dict[str, Any]]) -> list[tuple[Block, str, dict[str
         ((row["features"], row["hidden"]), kind): row["hlo"][kind]
         for row in rows
         for kind in row["hlo"]
-        if kind in ("fp8", "scanned")
+        if kind in ("fp8", "scanned", "static")
     }
     return [(block, kind, hlo) for (block, kind), hlo in last.items()]

@@ -120,11 +120,11 @@ def test_files_without_kernels_say_nothing_of_the_table(table, files, tmp_path):
 
 def test_the_committed_times_are_what_the_table_was_made_from(tmp_path):
     results = ROOT / "benchmarks" / "results"
-    made_from = ["kernel-times", "kernel-times-check", "kernel-times-promoted"]
+    made_from = ["kernel-times", "kernel-times-promoted"]
     held_out = ["kernel-times-held-out", "kernel-times-promoted-held-out"]
     files = [str(results / f"{name}.json") for name in made_from]
     check = ["--check", *(str(results / f"{name}.json") for name in held_out)]
-    for kind, worst in (("fast", 0.9), ("promoted", 0.95)):
+    for kind, worst in (("fast", (0.92, 0.87)), ("promoted", (0.94, 0.96))):
         out = tmp_path / kind
         assert main(["tune", "--only", kind, *files, *check, "--out", str(out)]) == 0
         content = json.loads(next(out.glob("tune*.json")).read_text())
@@ -134,6 +134,6 @@ def test_the_committed_times_are_what_the_table_was_made_from(tmp_path):
         table, searched = (choices[f"fitted shapes, {which}"] for which in ("table", "searched"))
         # Fast rows came with a search of the memory's constants too, which ends elsewhere.
         assert table["geometric_mean"] > searched["geometric_mean"] - 0.002
-        for where in ("fitted shapes", "other shapes"):
+        for where, least in zip(("fitted shapes", "other shapes"), worst, strict=True):
             found = choices[f"{where}, table"]
-            assert found["geometric_mean"] > 0.99 and found["worst"] > worst
+            assert found["geometric_mean"] > 0.989 and found["worst"] > least

@@ -29,11 +29,12 @@ OFFSET = 5
 
 @out_dtypes
 @accumulations
-@pytest.mark.parametrize("n", [432, 413], ids=["rows of 16 bytes", "any row"])
+@pytest.mark.parametrize("n", [432, 428, 413], ids=["of 16 bytes", "of 8 bytes", "any"])
 def test_every_kernel_of_scaled_matmul(n, accumulation, out_dtype):
     """Odd M, K past the last whole tile, each activation and each kind of scale and bias.
 
-    TMA stores rows that are a multiple of 16 bytes; others are stored from registers.
+    TMA stores rows that are a multiple of 16 bytes; others are stored by threads, of 16 bits four
+    elements at a time if they are a multiple of 8 bytes.
     """
     lhs, rhs, per_token, per_channel, bias, product = scaled_operands(77, n, 1040)
     epilogues = [((per_token, per_channel, bias), a) for a in (None, "relu", "gelu", "silu")]

@@ -1,6 +1,8 @@
 // Stores a staged subtile where TMA cannot address the rows of the result.
 #pragma once
 
+#include <numeric>
+
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 
@@ -56,13 +58,12 @@ struct DirectStore {
   int token, feature;
   int thread;
 
-  // A subtile is staged in boxes of 128 bytes a row, one behind the other: TMA's widest.
-  static constexpr int kBox = kFeatures < 128 / int(sizeof(Element)) ? kFeatures
-                                                                     : 128 / sizeof(Element);
+  // A subtile is staged in boxes of 128, 64 or 32 bytes a row, the widest that divide it, one
+  // behind the other.
+  static constexpr int kBox = std::gcd(kFeatures, 128 / static_cast<int>(sizeof(Element)));
 
   CUTLASS_DEVICE void by_class(int row_class, bool issues_tma) const {
     constexpr int kUnit = 16 / sizeof(Element);
-    static_assert(kFeatures % kBox == 0);
     int const shift = row_class * to.step;
     int const before = shift == 0 ? 0 : kUnit - shift;  // features left of the class's tensor
     int const tail = features - (features - before) % kUnit;  // the first one right of it
@@ -131,22 +132,24 @@ struct DirectStore {
     // Loads first, some at a time: unrolled whole in every subtile it made the epilogue so long
     // that small GEMMs, which wait for their instructions, were 0.3 us slower without using it.
     constexpr int kBatch = kTokens / kStep < 8 ? kTokens / kStep : 8;
-    static_assert(kThreads % kPieces == 0 && kTokens % (kStep * kBatch) == 0, "pieces left over");
+    // Whether no thread and no turn is left over, so that there is less to ask.
+    constexpr bool kEven = kThreads % kPieces == 0 && kTokens % (kStep * kBatch) == 0;
     auto const tile = staged_tile();
     int const f = thread % kPieces * kPiece;
-    if (feature + f >= features) return;
+    if (feature + f >= features || (!kEven && thread >= kStep * kPieces)) return;
     Element* const first = to.out + token * to.pitch + feature + f;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int t = thread / kPieces; t < kTokens; t += kBatch * kStep) {
       Piece pieces[kBatch];
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        int const row = t + i * kStep;
+        int const row = kEven ? t + i * kStep : min(t + i * kStep, kTokens - 1);
         pieces[i] = *reinterpret_cast<Piece const*>(&(kTransposed ? tile(f, row) : tile(row, f)));
       }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kBatch; ++i) {
         int const row = t + i * kStep;
+        if (!kEven && row >= kTokens) break;
         if (token + row < tokens) *reinterpret_cast<Piece*>(first + row * to.pitch) = pieces[i];
       }
     }

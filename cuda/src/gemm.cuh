@@ -62,31 +62,46 @@ struct Gemm {
   static constexpr int kAlignFp8 = 16;
   static constexpr int kAlignOut = 16 / sizeof(Element);
 
-  // NOTES: 128 columns at a time where CUTLASS would take 32: each subtile costs two meetings of
-  // its threads and a fence. Against 64 (32 swapped): 128x256 at 4096^3 116.2 to 114.7 us, swapped
-  // 64x128 at 256x4096x4096 9.98 to 9.92 (H200, 2026-11-22).
+  // How many columns are staged at once.
+  //
+  // NOTES: each subtile costs two meetings of its threads and a fence: with 128 columns where
+  // CUTLASS would take 32, 128x256 took 114.7 us at 4096^3, not 116.2 (H200, 2026-11-22); with 80
+  // and not 16, Cooperative 128x80 takes 10.5 us at 1024x1280x3424, not 11.1, and 12.1 at
+  // 1024x3424x1280, not 13.4; 128x160 0.97 of its time with two subtiles, not five. But where a
+  // multiprocessor has many tiles, one subtile is not enough: there is one buffer then, and the
+  // next tile begins when TMA has read it. 128x128 takes 0.97 of its time with two (H200,
+  // 2026-11-24).
+  static constexpr int kMost = std::min(kSpec.tile_n, 128);
+  static constexpr int kColumns = !kCooperative ? std::gcd(kSpec.tile_n, 128)
+                                  : kSpec.tile_m > 128 || kMost <= 80 ? kMost : kSpec.tile_n / 2;
   using EpilogueTile = cute::conditional_t<
       sizeof(Element) != 2, cutlass::epilogue::collective::EpilogueTileAuto,
-      cute::Shape<cute::Int<kCooperative ? 128 : 64>,
-                  cute::Int<std::gcd(kSpec.tile_n, 128)>>>;
+      cute::Shape<cute::Int<kCooperative ? 128 : 64>, cute::Int<kColumns>>>;
 
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, EpilogueTile, float,
       float, void, LayoutOut, kAlignOut, Element, LayoutOut, kAlignOut, typename Picked::Epilogue,
       typename Fused::Callbacks>::CollectiveOp;
 
+  // NOTES: not CollectiveEpilogue::SharedStorage, which is rounded up to a kilobyte more: 128x128
+  // has a stage more so. GemmKernel asserts that all fits.
+  static constexpr int kBarrierBytes = 64;
   using BuiltMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Fp8, cutlass::layout::RowMajor,
       kAlignFp8, Fp8, cutlass::layout::ColumnMajor, kAlignFp8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename CollectiveEpilogue::SharedStorage))>,
+          sizeof(typename CollectiveEpilogue::TensorStorage) + kBarrierBytes)>,
       typename Picked::Mainloop>::CollectiveOp;
   using CollectiveMainloop = ClassMainloop<cute::conditional_t<
       kPromoted, PromotedMainloop<BuiltMainloop>, BuiltMainloop>>;
+  static constexpr bool kAhead = [] {
+    if constexpr (kPromoted) return CollectiveMainloop::kAhead;
+    return false;
+  }();
 
   using Launched =
       GemmKernel<kSpec.schedule, CollectiveMainloop, CollectiveEpilogue, typename Fused::Root, Tile,
-                 Cluster, kAccumulators>;
+                 Cluster, kAccumulators, kAhead>;
 
   // NOTES: raising the shared-memory limit also loads the kernel's module, which must not happen
   // inside stream capture; so XLA's Initialize stage calls this.

@@ -22,9 +22,13 @@ namespace jaxfp8 {
 // has made the barriers of the loads issues them at once. And an epilogue there asks for its scales
 // when the product is done; here each thread has asked for them before it begins (Finish::fetch).
 // Tried, and of no use: the first stages of the weight loaded before the wait for x; the kernel's
-// parameters read at once by all warps.
+// parameters read at once by all warps; Cooperative warpgroups that store their halves in turn, so
+// that one multiplies meanwhile (up to 12 % slower: stages that the one behind has yet to read are
+// none that could be loaded for the one ahead).
+//
+// With `kAhead` the mainloop asks for a part of the next tile's products before a tile is stored.
 template <Schedule kSchedule, class Mainloop, class Epilogue, class Finish, class TileShape,
-          class Cluster, int kAccumulators>
+          class Cluster, int kAccumulators, bool kAhead>
 struct GemmKernel {
   static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
   static constexpr int kGroups = kSchedule == Schedule::kWarpSpecialized ? 1 : 2;
@@ -166,14 +170,26 @@ struct GemmKernel {
     // MMAs (H200, 2026-11-22, in turn).
     cutlass::arch::launch_dependent_grids();
     int const step = kTeams * resident_clusters();
+    [[maybe_unused]] auto ahead = [] {
+      if constexpr (kAhead) {
+        return typename Mainloop::Part{};
+      } else {
+        return 0;
+      }
+    }();
     for (int i = first_cluster() + team * resident_clusters(); i < params.order.clusters;
          i += step) {
       auto const tile = coordinates(params, i);
       auto const vectors = finish.template fetch<kTeam>(params.shape, tile, thread);
       auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
       wait_for_turn(kMultiply, team);
-      mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.tensors.mainloop,
-                   params.mainloop);
+      if constexpr (kAhead) {
+        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.tensors.mainloop,
+                     ahead, i != first_cluster(), i + step < params.order.clusters);
+      } else {
+        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.tensors.mainloop,
+                     params.mainloop);
+      }
       give_turn(kMultiply, team);
       mainloop.mma_tail(pipeline, state, k_tiles);
       state.advance(k_tiles * kTeams);
@@ -190,6 +206,7 @@ struct GemmKernel {
         store_state = cute::get<1>(tail);
       }
       give_turn(kStore, team);
+      if constexpr (kAhead) Mainloop::settle(ahead);
     }
   }
 
