@@ -58,6 +58,7 @@ CPU_LAYER_ROWS = (1, 5)
 CPU_LAYER_GROUPS = (((32, 64),), ((20, 44), (20, 48)))
 # Rows at which a stack is also measured under `nn.scan`.
 SCANNED_ROWS = (16, 1024)
+# Rows at which a block is also measured with a static scale between its layers.
 STATIC_ROWS = (16, 1024, 4096)
 
 # A stack of dense layers, one after another: layer i takes as many features as the one before gave,

@@ -103,7 +103,7 @@ def test_layer_end_to_end(tmp_path, capsys, on_cpu, monkeypatch):
         assert 0.01 < row["errors"]["fp8"] < 0.1
         assert np.isfinite(row["errors"]["flax"])
         assert row["errors"]["scanned"] == pytest.approx(row["errors"]["fp8"], abs=0.01)
-        # Another scale for h, not another result: but not the same program either.
+        # Another scale for h: about the same error, but not the same bits.
         assert 0.01 < row["errors"]["static"] < 0.1
         assert row["errors"]["static"] != row["errors"]["fp8"]
         assert set(row["ratios"]["wall"]) == {"bf16", "scanned", "static", "flax"}

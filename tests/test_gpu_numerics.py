@@ -29,12 +29,12 @@ OFFSET = 5
 
 @out_dtypes
 @accumulations
-@pytest.mark.parametrize("n", [432, 428, 413], ids=["of 16 bytes", "of 8 bytes", "any"])
+@pytest.mark.parametrize("n", [432, 430, 428, 413])
 def test_every_kernel_of_scaled_matmul(n, accumulation, out_dtype):
     """Odd M, K past the last whole tile, each activation and each kind of scale and bias.
 
-    TMA stores rows that are a multiple of 16 bytes; others are stored by threads, of 16 bits four
-    elements at a time if they are a multiple of 8 bytes.
+    TMA stores rows that are a multiple of 16 bytes; others are stored by threads, 8 bytes at a
+    time if they are a multiple of that (428 of 16 bits, 430 of 32).
     """
     lhs, rhs, per_token, per_channel, bias, product = scaled_operands(77, n, 1040)
     epilogues = [((per_token, per_channel, bias), a) for a in (None, "relu", "gelu", "silu")]
@@ -58,6 +58,17 @@ def test_every_kernel_of_scaled_matmul(n, accumulation, out_dtype):
         for y, (rest, activation) in zip(results, epilogues, strict=True):
             with naming(kernel):
                 product.check(y, *rest, activation=activation, kind=accumulation)
+
+
+@accumulations
+@pytest.mark.parametrize("k", [48, 256])
+def test_many_tiles_of_few_steps_along_k(k, accumulation):
+    """Blocks that have several tiles of one K tile or two each, where kernels work ahead."""
+    lhs, rhs, *rest, product = scaled_operands(4096, 3424, k)
+    for kernel in kernels(accumulation):
+        y = direct_calls.matmul(lhs, rhs, *rest, kernel=kernel)
+        with naming(kernel):
+            product.check(y, *rest, kind=accumulation)
 
 
 @out_dtypes

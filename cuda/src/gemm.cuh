@@ -70,7 +70,7 @@ struct Gemm {
   // 1024x3424x1280, not 13.4; 128x160 0.97 of its time with two subtiles, not five. But where a
   // multiprocessor has many tiles, one subtile is not enough: there is one buffer then, and the
   // next tile begins when TMA has read it. 128x128 takes 0.97 of its time with two (H200,
-  // 2026-11-24).
+  // 2026-11-24). 128x80 has one, as CUTLASS wants multiples of 16 columns.
   static constexpr int kMost = std::min(kSpec.tile_n, 128);
   static constexpr int kColumns = !kCooperative ? std::gcd(kSpec.tile_n, 128)
                                   : kSpec.tile_m > 128 || kMost <= 80 ? kMost : kSpec.tile_n / 2;

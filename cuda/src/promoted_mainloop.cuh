@@ -12,17 +12,17 @@ namespace jaxfp8 {
 // NOTES: the tensor core must have work while a warpgroup adds. CUTLASS's loop leaves that to
 // chance: two warpgroups that wait for the same K tile start together, share the tensor core, end
 // together and then both add. Here each has asked for the next part before it adds the sums of the
-// last. Before, with one set and turns for the two warpgroups, the kernels were 0.909 times as fast as
-// cuBLASLt without use_fast_accum at M >= 512, and are 0.960; at 256x4096x4096 they took 14.2 us, and
-// take 9.5 (H200, 2026-11-23).
+// last. Before, with one set and turns for the two warpgroups, the kernels were 0.909 times as fast
+// as cuBLASLt without use_fast_accum at M >= 512; then 0.960, and 0.980 with a shorter epilogue and
+// work in it (kAhead; H200, 2026-11-23 and 24). 256x4096x4096 took 14.2 us, and takes 9.5.
 //
 // Both sets and the tile's sums must fit the registers: half of the columns where those are many.
 // And ptxas serializes the MMAs (C7514) if one is under way where the loop begins again: so it has
 // several K tiles in a row and then waits, which leaves the tensor core to the other warpgroup of a
 // Cooperative kernel, and idle in a Pingpong one.
 // Tried, of no use: two warpgroups with a tile and loads of their own each, so that one multiplies
-// while the other stores (128x96, 64x128: slower at 18 of 19 shapes); 128x144, the widest tile whose
-// three sets fit without halves (never the best).
+// while the other stores (128x96, 64x128: slower at 18 of 19 shapes); 128x144, the widest tile
+// whose three sets fit without halves (with 216 for kMostSums; never the best).
 template <class Base>
 struct PromotedMainloop : Base {
   static constexpr int kGroups = cute::size(typename Base::TiledMma{}) / 128;
@@ -38,7 +38,8 @@ struct PromotedMainloop : Base {
 
   // Whether a tile's first part is asked for before the tile before it is stored, so that the
   // tensor core has work meanwhile: 256x128 takes 0.97 to 1.00 of its time. Where a part is a whole
-  // K tile it is of no use: 128x128 takes 9 % longer at 1024x1280x3424 (H200, 2026-11-24).
+  // K tile it is of no use: 128x128 takes 9 % longer at 1024x1280x3424; nor where it is half of
+  // one: 128x160 and 128x192 take 0.97 to 1.04 of their time (H200, 2026-11-24).
   static constexpr bool kAhead = kGroups == 2 && kParts > 2;
 
   using Rows = cute::Int<64 * kGroups>;
