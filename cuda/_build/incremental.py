@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,15 @@ def build_environment(directory: Path) -> Path:
 
 def compile_library(build_dir: Path, target: str, defines: list[str]) -> Path:
     """Configure, and compile what is out of date."""
-    found = [f"-D{key}={value}" for key, value in toolchain.cmake_defines().items()]
+    defined = toolchain.cmake_defines()
+    found = [f"-D{key}={value}" for key, value in defined.items()]
+    cache = build_dir / "CMakeCache.txt"
+    compiler = re.compile(
+        rf"^CMAKE_CUDA_COMPILER:\w+={re.escape(defined['CMAKE_CUDA_COMPILER'])}$", re.MULTILINE
+    )
+    if cache.is_file() and not compiler.search(cache.read_text()):
+        # CMake would begin again without the -D of this call.
+        cache.unlink()
     tools = Path(sys.executable).parent
     path = os.environ["PATH"] + os.pathsep + str(tools)
     cmake = shutil.which("cmake", path=path) or "cmake"
