@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 
 from jaxfp8 import _plan
 
+
+# The benchmarks are run from a checkout, not installed. Behind all else, so that jaxfp8 is found
+# where it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # For tests of sharded trees; must be set before the first array is made.
 jax.config.update("jax_num_cpu_devices", 4)

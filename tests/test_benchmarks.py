@@ -8,12 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
-    sys.path.append(ROOT)
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     _clocks,
     _graphs,
     _hlo,
@@ -24,7 +19,10 @@ from benchmarks import (  # noqa: E402
     gemm,
     shapes,
 )
-from benchmarks.shapes import Gemm  # noqa: E402
+from benchmarks.shapes import Gemm
+
+
+ROOT = str(Path(__file__).parents[1])
 
 
 def test_contestants_run_in_turn_forwards_and_backwards():

@@ -1,15 +1,8 @@
 """The benchmark of a load's memory, from end to end on small layers."""
 
 import json
-import sys
-from pathlib import Path
 
-
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
-    sys.path.append(ROOT)
-
-from benchmarks.__main__ import main as run  # noqa: E402
+from benchmarks.__main__ import main as run
 
 
 def test_it_measures_both_trees_and_the_weights_are_right(tmp_path, capsys):

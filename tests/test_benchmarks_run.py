@@ -1,8 +1,6 @@
 """Each benchmark from end to end on tiny shapes: what it writes, and what it refuses."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +8,7 @@ import numpy as np
 import pytest
 
 import jaxfp8
-
-
-ROOT = str(Path(__file__).parents[1])
-if ROOT not in sys.path:  # the benchmarks are run from a checkout, not installed
-    sys.path.append(ROOT)
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     _clocks,
     _dense_stack,
     _device,
@@ -29,7 +21,7 @@ from benchmarks import (  # noqa: E402
     shapes,
     stack,
 )
-from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.__main__ import main
 
 
 def read(folder, name):

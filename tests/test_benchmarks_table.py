@@ -2,19 +2,12 @@
 
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from table_cases import LARGE, MIDDLE, PROMOTED, SMALL, TABLE, measured, table_file
 
-
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:  # the benchmarks are run from a checkout, not installed
-    sys.path.append(str(ROOT))
-
-from benchmarks import _between, _table, shapes  # noqa: E402
-from benchmarks.shapes import Gemm  # noqa: E402
+from benchmarks import _between, _table, shapes
+from benchmarks.shapes import Gemm
 
 
 @pytest.fixture

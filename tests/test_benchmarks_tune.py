@@ -3,20 +3,17 @@
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 from table_cases import LARGE, MIDDLE, SMALL, measured, table_file
 
+from benchmarks import _search, _table, tune
+from benchmarks.__main__ import main
+from benchmarks.shapes import Gemm
+
 
 ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:  # the benchmarks are run from a checkout, not installed
-    sys.path.append(str(ROOT))
-
-from benchmarks import _search, _table, tune  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.shapes import Gemm  # noqa: E402
 
 
 @pytest.fixture
@@ -124,7 +121,13 @@ def test_the_committed_times_are_what_the_table_was_made_from(tmp_path):
     held_out = ["kernel-times-held-out", "kernel-times-promoted-held-out"]
     files = [str(results / f"{name}.json") for name in made_from]
     check = ["--check", *(str(results / f"{name}.json") for name in held_out)]
-    for kind, worst in (("fast", (0.92, 0.87)), ("promoted", (0.94, 0.96))):
+    # What the choices are worth in geometric mean and at worst, of the fitted shapes and of others:
+    # those of another table must be as good.
+    worth = {
+        "fast": ((0.994, 0.925), (0.989, 0.871)),
+        "promoted": ((0.999, 0.948), (0.999, 0.968)),
+    }
+    for kind, least in worth.items():
         out = tmp_path / kind
         assert main(["tune", "--only", kind, *files, *check, "--out", str(out)]) == 0
         content = json.loads(next(out.glob("tune*.json")).read_text())
@@ -134,6 +137,6 @@ def test_the_committed_times_are_what_the_table_was_made_from(tmp_path):
         table, searched = (choices[f"fitted shapes, {which}"] for which in ("table", "searched"))
         # Fast rows came with a search of the memory's constants too, which ends elsewhere.
         assert table["geometric_mean"] > searched["geometric_mean"] - 0.002
-        for where, least in zip(("fitted shapes", "other shapes"), worst, strict=True):
+        for where, (mean, worst) in zip(("fitted shapes", "other shapes"), least, strict=True):
             found = choices[f"{where}, table"]
-            assert found["geometric_mean"] > 0.989 and found["worst"] > least
+            assert found["geometric_mean"] > mean and found["worst"] > worst

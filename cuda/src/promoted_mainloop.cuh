@@ -106,8 +106,7 @@ struct PromotedMainloop : Base {
       constexpr int kCount = decltype(tiles)::value * kParts;
       for_each(make_int_sequence<kCount>{}, [&](auto i) {
         if (decltype(i)::value == 0 && begun) {
-          begun = false;
-          if constexpr (kParts == 1) ++state;
+          begun = false;  // the part has not ended a K tile: kParts > 1
         } else {
           issue(i, decltype(i)::value % 2 == 0 ? even : odd);
         }
