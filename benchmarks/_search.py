@@ -16,7 +16,7 @@ STEPS = (0.08, 0.12, 0.04, 0.02)
 ROUNDS = 3  # of all constants by one step, at most
 LEAST_GAIN = 1e-3
 OF_ROWS = (("k_tile",), ("tile",), ("launch",), ("k_tile", "tile", "launch"))
-OF_MEMORY = ("rate", "cache_rate", "start")
+OF_MEMORY = ("rate", "cache_rate", "start", "pair_rate", "last_wave")
 
 
 def refine(
@@ -55,6 +55,8 @@ def rounded(table: _table.Table) -> _table.Table:
         rate=round(memory.rate, -4),
         cache_rate=round(memory.cache_rate, -6),
         start=round(memory.start, 2),
+        pair_rate=round(memory.pair_rate, -3),
+        last_wave=round(memory.last_wave, 2),
     )
     return dataclasses.replace(table.with_rows(rows), memory=memory)
 

@@ -22,7 +22,7 @@ KINDS = ("fast", "promoted")
 _NUMBER = r"-?\d+(?:\.\d*)?(?:e-?\d+)?"
 _ROWS = re.compile(r"kTable\[\] = \{(.*?)\n\};", re.DOTALL)
 _ROW = re.compile(rf"\s*\{{Kernel::(\w+), +({_NUMBER}), +({_NUMBER}), +({_NUMBER})\}},\s*")
-_NAME = re.compile(r"(fast|promoted)(_swap)?_(ws|pp|coop)_(\d+)x(\d+)x(\d+)_(\d+)x(\d+)")
+_NAME = re.compile(r"(fast|promoted)(_swap)?_(pp|coop)_(\d+)x(\d+)x(\d+)_(\d+)x(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,21 @@ class Memory:
     """What the memory and the L2 cache give, in bytes a microsecond, and when the first arrives.
 
     Attributes:
-        few_rows: from this M on, tiles of 16 rows are not for it.
-        cache_bytes: of the L2 cache; several promoted tiles of few rows do not share more weight.
+        pair_rate: of two multiprocessors, which share a way to the memory, or of one alone.
+        last_wave: the share that the steps of a last wave take less where nearly none are at work.
     """
 
     multiprocessors: int
-    few_rows: int
-    cache_bytes: int
     rate: float
     cache_rate: float
     start: float
+    pair_rate: float
+    last_wave: float
+
+    def resident_clusters(self, size: int) -> int:
+        """How many clusters of `size` blocks run at once, as kernels.h has it."""
+        left_over = 8 * (size - 2) if size > 2 else 0
+        return max(1, (self.multiprocessors - left_over) // size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +76,8 @@ class Table:
 
     def chosen(self, shape: Gemm, kind: str) -> str:
         """The kernel that is expected to take least."""
-        rows = [row for row in self.rows if row.kind == kind and self._is_for(row, shape)]
+        rows = [row for row in self.rows if row.kind == kind]
         return min(rows, key=lambda row: expected_time(row, self.memory, shape)).kernel
-
-    def _is_for(self, row: Row, shape: Gemm) -> bool:
-        rows = tile_rows(row.kernel)
-        if rows is None or rows > 32:
-            return True
-        if rows <= 16 and shape.m >= self.memory.few_rows:
-            return False
-        is_shared = shape.n * shape.k <= self.memory.cache_bytes
-        return row.kind == "fast" or shape.m <= rows or is_shared
 
     def with_rows(self, rows: Sequence[Row]) -> Table:
         return dataclasses.replace(self, rows=rows)
@@ -92,23 +88,33 @@ class Work:
     """What one kernel has to do for one shape, as `expected_time6` of table.h counts it."""
 
     waves: int
-    k_tiles: int
+    steps: float
     memory_time: float
 
     @staticmethod
     def of(kernel: str, memory: Memory, shape: Gemm) -> Work:
-        waves, k_tiles, once, again = _counted(kernel, memory.multiprocessors, shape)
-        return Work(waves, k_tiles, once / memory.rate + again / memory.cache_rate + memory.start)
+        size, clusters, k_tiles, once, again = _counted(kernel, shape)
+        resident = memory.resident_clusters(size)
+        waves = -(-clusters // resident)
+        idle = waves - clusters / resident
+        steps = (waves - memory.last_wave * idle) * k_tiles
+        time = once / memory.rate + again / memory.cache_rate + memory.start
+        if last := clusters % resident * size:
+            pairs = memory.multiprocessors // 2
+            left = last - pairs if last > pairs else last
+            behind = max(0.0, 1 / memory.pair_rate - left / memory.rate)
+            time += once / (clusters * size) * behind
+        return Work(waves, steps, time)
 
     def time(self, k_tile: float, tile: float, launch: float) -> float:
         """Microseconds."""
-        compute = self.waves * (self.k_tiles * k_tile + tile) + launch
+        compute = self.steps * k_tile + self.waves * tile + launch
         return (compute**6 + self.memory_time**6) ** (1 / 6)
 
 
 @functools.cache
-def _counted(kernel: str, multiprocessors: int, shape: Gemm) -> tuple[int, int, float, float]:
-    """Waves of tiles, steps along K, and the bytes from the memory and from the cache."""
+def _counted(kernel: str, shape: Gemm) -> tuple[int, int, int, float, float]:
+    """Blocks in a cluster, clusters, steps along K, bytes from the memory and from the cache."""
     found = _NAME.fullmatch(kernel)
     if found is None:
         raise ValueError(f"{kernel!r} is no kernel's name.")
@@ -117,10 +123,9 @@ def _counted(kernel: str, multiprocessors: int, shape: Gemm) -> tuple[int, int, 
     rows, columns = (n, m) if found[2] else (m, n)
     span_m, span_n = tile_m * cluster_m, tile_n * cluster_n
     clusters = -(-rows // span_m) * -(-columns // span_n)
-    waves = -(-clusters // (multiprocessors // (cluster_m * cluster_n)))
     once = n * k + m * k + 2.0 * m * n
     again = max(clusters * (span_m + span_n) * k - once, 0)
-    return waves, -(-k // tile_k), once, again
+    return cluster_m * cluster_n, clusters, -(-k // tile_k), once, again
 
 
 def expected_time(row: Row, memory: Memory, shape: Gemm) -> float:
@@ -152,10 +157,9 @@ def read(path: Path = TABLE) -> Table:
     for kind in KINDS:
         if all(row.kind != kind for row in rows):
             raise ValueError(f"{path} has no row of a {kind} kernel.")
-    names = ("kMultiprocessors", "kFewRows", "kCacheBytes")
-    counts = [int(_constant(text, name, path)) for name in names]
-    rates = [_constant(text, name, path) for name in ("kMemoryRate", "kCacheRate", "kMemoryStart")]
-    return Table(rows, Memory(*counts, *rates))
+    names = ("kMemoryRate", "kCacheRate", "kMemoryStart", "kPairRate", "kLastWave")
+    multiprocessors = int(_constant(text, "kMultiprocessors", path))
+    return Table(rows, Memory(multiprocessors, *(_constant(text, name, path) for name in names)))
 
 
 @functools.cache

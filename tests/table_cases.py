@@ -11,9 +11,9 @@ inline constexpr Row kTable[] = {{
     {{Kernel::{PROMOTED},     0.5, 2, 0}},
 }};
 inline constexpr int kMultiprocessors = 132;
-inline constexpr int kFewRows = 64;
-inline constexpr int64_t kCacheBytes = 50000000;
 inline constexpr double kMemoryRate = 4e6, kCacheRate = 100e6, kMemoryStart = 2.0;
+inline constexpr double kPairRate = 1e5;
+inline constexpr double kLastWave = 0.2;
 """
 
 

@@ -29,9 +29,7 @@ struct Schedules {
   // "FastAccum" for both accumulations: the loop that promotes is ours.
   using Mainloop = cute::conditional_t<
       kSchedule == Schedule::kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
-      cute::conditional_t<kSchedule == Schedule::kCooperative,
-                          cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
-                          cutlass::gemm::KernelTmaWarpSpecializedFP8FastAccum>>;
+      cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>;
   using Epilogue = cute::conditional_t<kSchedule == Schedule::kCooperative,
                                        cutlass::epilogue::TmaWarpSpecializedCooperative,
                                        cutlass::epilogue::TmaWarpSpecialized>;

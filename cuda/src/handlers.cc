@@ -120,7 +120,7 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   p.per_token = true;
   p.stream = stream;
 
-  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel);
+  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel, true);
   if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
   RowClasses const classes = row_classes(chosen, out_type, p.m, p.out_pitch);
   // All classes are read as if they had as many rows as the largest: the scratch must have them.

@@ -12,8 +12,8 @@
 
 namespace jaxfp8 {
 
-// Warp 0 loads tiles; one or two warpgroups multiply. Of two, Cooperative ones share a tile and
-// Pingpong ones take turns: one multiplies while the other finishes.
+// Warp 0 loads tiles; two warpgroups multiply. Cooperative ones share a tile and Pingpong ones take
+// turns: one multiplies while the other finishes.
 //
 // NOTES: CUTLASS's own kernels (GemmUniversal) do the same. What is left out here is 0.7 us of each
 // GEMM: 512x4096x256 takes 4.8 us where it took 5.6 (H200, 2026-11-22; clocks read along it told
@@ -31,10 +31,10 @@ template <Schedule kSchedule, class Mainloop, class Epilogue, class Finish, clas
           class Cluster, int kAccumulators, bool kAhead>
 struct GemmKernel {
   static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
-  static constexpr int kGroups = kSchedule == Schedule::kWarpSpecialized ? 1 : 2;
+  static constexpr int kGroups = 2;  // that multiply
   static constexpr int kGroup = 128;
   // The threads that have a tile together.
-  static constexpr int kTeam = kSchedule == Schedule::kCooperative ? 2 * kGroup : kGroup;
+  static constexpr int kTeam = kPingpong ? kGroup : 2 * kGroup;
   static constexpr int kTeams = kPingpong ? 2 : 1;
   static constexpr int kClusterM = cute::size<0>(Cluster{}), kClusterN = cute::size<1>(Cluster{});
   static constexpr int kClusterSize = kClusterM * kClusterN;
@@ -45,7 +45,7 @@ struct GemmKernel {
 
   // NOTES: 384 threads get 168 registers each, which is enough for 64 accumulators; to move
   // registers from the loading warps to the others takes 200 clocks.
-  static constexpr bool kMovesRegisters = kGroups == 2 && kAccumulators > 64;
+  static constexpr bool kMovesRegisters = kAccumulators > 64;
 
   using Pipeline = typename Mainloop::MainloopPipeline;
   using Shape = cute::Shape<int, int, int, int>;
@@ -116,7 +116,7 @@ struct GemmKernel {
   }
 
   static CUTLASS_DEVICE int first_cluster() { return blockIdx.y / kClusterN; }
-  static CUTLASS_DEVICE int resident_clusters() { return gridDim.y / kClusterN; }
+  static CUTLASS_DEVICE int launched_clusters() { return gridDim.y / kClusterN; }
 
   static CUTLASS_DEVICE auto coordinates(Params const& params, int cluster) {
     TileOrder::Tile const tile = params.order.at(cluster);
@@ -134,7 +134,7 @@ struct GemmKernel {
     auto state = cutlass::make_producer_start_state<Pipeline>();
     if constexpr (kClusterSize > 1) cute::cluster_wait();
     cutlass::arch::wait_on_dependent_grids();
-    for (int i = first_cluster(); i < params.order.clusters; i += resident_clusters()) {
+    for (int i = first_cluster(); i < params.order.clusters; i += launched_clusters()) {
       mainloop.load(params.mainloop, pipeline, state, inputs, coordinates(params, i),
                     cute::make_coord_iterator(cute::shape<3>(cute::get<0>(inputs))), k_tiles,
                     threadIdx.x % 32, cute::block_rank_in_cluster(), shared.tensors.mainloop);
@@ -169,7 +169,7 @@ struct GemmKernel {
     // cuBLASLt's time / ours over 60 shapes was 1.110, and 1.074 with the trigger behind the last
     // MMAs (H200, 2026-11-22, in turn).
     cutlass::arch::launch_dependent_grids();
-    int const step = kTeams * resident_clusters();
+    int const step = kTeams * launched_clusters();
     [[maybe_unused]] auto ahead = [] {
       if constexpr (kAhead) {
         return typename Mainloop::Part{};
@@ -177,7 +177,7 @@ struct GemmKernel {
         return 0;
       }
     }();
-    for (int i = first_cluster() + team * resident_clusters(); i < params.order.clusters;
+    for (int i = first_cluster() + team * launched_clusters(); i < params.order.clusters;
          i += step) {
       auto const tile = coordinates(params, i);
       auto const vectors = finish.template fetch<kTeam>(params.shape, tile, thread);
@@ -211,7 +211,8 @@ struct GemmKernel {
   }
 
   static int blocks(Params const& params, int sm_count) {
-    return kClusterSize * std::max(1, std::min(params.order.clusters, sm_count / kClusterSize));
+    return kClusterSize *
+           std::min(params.order.clusters, resident_clusters(sm_count, kClusterSize));
   }
 
   static char const* launch(Params const& params, int sm_count, bool dependent,

@@ -1,6 +1,7 @@
 // Which kernel runs for a shape: the one that is expected to take least, by its row.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
@@ -17,96 +18,125 @@ struct Row {
 // Evidence: benchmarks/results/kernel-times.json (fast) and kernel-times-promoted.json, H200,
 // 2026-11-24: dependent launch, weights rotated past the L2, 332 shapes: the grid of `gemm`, the
 // shapes of `gemm --between` and eight further weights. `python -m benchmarks tune` fits the
-// constants to such times and then searches near the fit for those whose choices cost least; these
-// were searched from the constants for the kernels of 2026-11-22 and 23, and most have kept theirs.
-// The best kernel's time / the chosen one's is 0.994 in geometric mean and 0.925 at worst
-// (64x512x512), promoted 0.999 and 0.948 (300x3424x1280); with the fit alone 0.990 and 0.855, 0.998
-// and 0.948. At 3 of the 332 the fast choice was not timed, at 1 the promoted. At 44 other shapes
-// 0.989 and 0.871 (4500x1024x8192: the last wave is not full, and takes less than a whole one).
+// constants to such times and then searches near the fit for those whose choices cost least. These
+// were searched from several fits, changed at random. The best kernel's time / the chosen one's is
+// 0.996 in geometric mean and 0.930 at worst (300x1280x3424), promoted 0.997 and 0.927
+// (64x2304x768); with the fit alone 0.991 and 0.819, 0.994 and 0.921. At 44 other shapes 0.992 and
+// 0.910 (350x3424x1280), promoted 0.998 and 0.974.
 //
-// By hand only: fast Pingpong 128x128 1x1 has the `k_tile` of 1x2 and 0.24 less `launch`. Where both are
-// expected to take nearly the same, 1x1 runs if the product is small (1024x3424x1280 takes 9.4 us
-// and with 1x2 9.6, without dependent launch 10.7 and 11.6; H200, 2026-11-23), and 1x2 if it is
-// large: it reads less, and so leaves the tensor cores more power.
+// The fastest of the 20 fast kernels takes 0.79 to 1.0 of the time of the fastest of the 11 that
+// were here before: blocks of a cluster load x or the weight once for all of them, and a cluster of
+// two or four has more multiprocessors load the weight than there are tiles with rows of x in them.
 //
-// Compiled, timed at all 332 shapes on 2026-11-22 and left out, as the best choice without them was
-// 0.1 % slower in geometric mean: fast Cooperative 128x256, 256x128 and 128x160, fast Pingpong 64x128
-// 2x1. The epilogue of 128x160 was slower then (five subtiles), and it was not timed again.
+// Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in geometric
+// mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24 fast 256x128
+// 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
+// 64x64x256 of two; promoted Pingpong 128x128 and clusters of 128x128. How many clusters of eight run
+// at once is another number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                 k_tile  tile   launch
-    {Kernel::fast_swap_ws_64x16x256_1x1,      0.204, 1.333, 0.123},
-    {Kernel::fast_swap_pp_64x16x256_2x1,      0.229, 0.653, 0.000},
-    {Kernel::fast_swap_pp_64x32x256_1x1,      0.221, 0.447, 0.472},
-    {Kernel::fast_swap_pp_64x64x256_1x1,      0.263, 0.354, 0.913},
-    {Kernel::fast_swap_pp_64x64x128_1x2,      0.132, 0.380, 1.013},
-    {Kernel::fast_swap_pp_64x128x128_1x1,     0.215, 0.467, 1.098},
-    {Kernel::fast_pp_128x128x128_1x1,         0.382, 0.491, 1.500},
-    {Kernel::fast_pp_128x128x128_1x2,         0.382, 0.445, 1.739},
-    {Kernel::fast_pp_128x160x128_1x2,         0.476, 0.931, 2.869},
-    {Kernel::fast_coop_128x80x128_1x2,        0.268, 1.196, 0.926},
-    {Kernel::fast_coop_128x192x128_2x1,       0.575, 2.257, 0.061},
-    {Kernel::promoted_swap_pp_64x32x128_1x1,  0.114, 0.243, 1.244},
-    {Kernel::promoted_swap_pp_64x64x128_1x1,  0.144, 0.273, 1.110},
-    {Kernel::promoted_swap_pp_64x128x128_1x1, 0.226, 0.359, 1.726},
-    {Kernel::promoted_pp_128x128x128_1x1,     0.460, 0.463, 1.704},
-    {Kernel::promoted_coop_128x80x128_1x2,    0.291, 1.433, 0.688},
-    {Kernel::promoted_coop_128x128x128_1x1,   0.387, 2.099, 0.193},
-    {Kernel::promoted_coop_128x160x128_2x1,   0.484, 2.565, 0.000},
-    {Kernel::promoted_coop_128x192x128_2x1,   0.578, 2.387, 0.415},
-    {Kernel::promoted_coop_256x128x128_1x2,   0.788, 1.984, 0.563},
+    {Kernel::fast_swap_pp_64x16x256_1x2,       0.197, 0.000, 1.177},
+    {Kernel::fast_swap_pp_64x16x256_2x1,       0.262, 0.669, 0.305},
+    {Kernel::fast_swap_pp_64x32x256_1x1,       0.221, 0.356, 0.800},
+    {Kernel::fast_swap_pp_64x32x256_1x2,       0.212, 0.084, 1.361},
+    {Kernel::fast_swap_pp_64x64x256_1x1,       0.281, 0.175, 1.227},
+    {Kernel::fast_swap_pp_64x64x128_1x2,       0.136, 0.186, 1.368},
+    {Kernel::fast_swap_pp_64x64x128_1x4,       0.127, 0.406, 0.898},
+    {Kernel::fast_swap_pp_64x128x128_1x1,      0.220, 0.357, 1.416},
+    {Kernel::fast_swap_pp_64x128x128_1x4,      0.187, 0.458, 1.179},
+    {Kernel::fast_pp_64x16x256_1x4,            0.133, 0.306, 1.298},
+    {Kernel::fast_pp_64x32x256_1x4,            0.186, 0.155, 1.102},
+    {Kernel::fast_pp_64x48x256_1x4,            0.229, 0.580, 1.554},
+    {Kernel::fast_pp_64x64x256_1x4,            0.316, 0.113, 1.276},
+    {Kernel::fast_pp_128x128x128_1x1,          0.357, 0.361, 2.073},
+    {Kernel::fast_pp_128x128x128_1x2,          0.357, 0.230, 2.543},
+    {Kernel::fast_pp_128x160x128_2x1,          0.429, 0.558, 4.810},
+    {Kernel::fast_coop_128x80x128_2x1,         0.259, 1.251, 1.126},
+    {Kernel::fast_coop_128x128x128_2x1,        0.354, 1.610, 1.203},
+    {Kernel::fast_coop_128x160x128_2x1,        0.459, 1.418, 1.471},
+    {Kernel::fast_coop_128x192x128_2x1,        0.540, 1.349, 1.546},
+    {Kernel::promoted_swap_pp_64x32x128_1x1,   0.152, 0.073, 1.305},
+    {Kernel::promoted_swap_pp_64x32x128_1x2,   0.128, 0.000, 1.443},
+    {Kernel::promoted_swap_pp_64x64x128_1x1,   0.171, 0.199, 1.107},
+    {Kernel::promoted_swap_pp_64x128x128_1x1,  0.249, 0.233, 1.791},
+    {Kernel::promoted_pp_64x32x128_1x4,        0.090, 0.230, 2.108},
+    {Kernel::promoted_coop_128x80x128_1x2,     0.289, 1.408, 0.753},
+    {Kernel::promoted_coop_128x128x128_1x1,    0.393, 1.351, 1.252},
+    {Kernel::promoted_coop_128x160x128_2x1,    0.490, 1.790, 0.950},
+    {Kernel::promoted_coop_128x192x128_2x1,    0.578, 1.536, 1.620},
+    {Kernel::promoted_coop_256x128x128_1x2,    0.773, 1.928, 1.412},
     // clang-format on
 };
 
 // The multiprocessors of an H100 or H200 (SXM). A GPU with fewer makes the same choices.
 inline constexpr int kMultiprocessors = 132;
-inline constexpr int kFewRows = 64;
-inline constexpr int64_t kCacheBytes = 50000000;  // L2
 // What reaches the memory, and what comes from the L2 cache again, in bytes a microsecond; and when
 // the first of it arrives.
-inline constexpr double kMemoryRate = 3.55e6, kCacheRate = 85e6, kMemoryStart = 1.7;
+inline constexpr double kMemoryRate = 4.86e6, kCacheRate = 51e6, kMemoryStart = 1.77;
+// What two multiprocessors that share a way to the memory (a TPC) get at most, or one of them alone.
+inline constexpr double kPairRate = 113e3;
+
+// What the steps of the last wave take less if few multiprocessors are at work in it: this share if
+// nearly none are.
+inline constexpr double kLastWave = 0.20;
+
+// What clusters that fill the GPU take more behind the quantize kernel of few rows, whose blocks keep
+// others off their multiprocessors: behind a GEMM 16x4096x14336 takes 15.7 us in 64 clusters of two
+// and 16.7 in 64 blocks, behind quantize 17.4 and 16.5. A block of MLP 4096-14336 takes 38.4, 39.0 and
+// 39.6 us at M = 1, 16 and 32 as the table alone would have it, 36.8, 38.0 and 38.5 without such
+// clusters; but at 64 41.1, and 44.7 without. Clusters on 80 multiprocessors lose nothing (1280x3424;
+// H200, 2026-11-24). With this figure the block has the kernels it was fastest with.
+inline constexpr double kLate = 1.8;
+inline constexpr int kFewRows = 32, kManyBlocks = kMultiprocessors * 3 / 4;
 
 // Microseconds to the sixth power. All tiles of a wave take the same time; behind that of the
 // multiprocessors is the memory's, and near to where they are equal neither hides the other.
-constexpr double expected_time6(Row const& row, int m, int n, int k) {
+//
+// NOTES: while the memory is all in use each pair of multiprocessors gets the same. In a last wave of
+// 80 blocks 52 have theirs for themselves and are done when the 14 other pairs have half to go, which
+// are too few to use all of the memory: 16x5120x5120 takes 10.7 us in 80 tiles and 8.6 in 108; the
+// memory gives 3.0 TB/s there, and 3.9 to 64 tiles of 4096 features (H200, 2026-11-24).
+constexpr double expected_time6(Row const& row, int m, int n, int k, bool quantizes) {
   KernelSpec const& spec = spec_of(row.kernel);
   bool const swapped = spec.operands == Operands::kSwapped;
   auto const parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
   int64_t const span_m = spec.tile_m * spec.cluster_m, span_n = spec.tile_n * spec.cluster_n;
   int64_t const clusters = parts(swapped ? n : m, span_m) * parts(swapped ? m : n, span_n);
-  int64_t const waves = parts(clusters, kMultiprocessors / (spec.cluster_m * spec.cluster_n));
+  int const cluster = spec.cluster_m * spec.cluster_n;
+  int const resident = resident_clusters(kMultiprocessors, cluster);
+  int64_t const waves = parts(clusters, resident);
+  double const idle = waves - static_cast<double>(clusters) / resident;  // of the last one
   double const once = static_cast<double>(n) * k + static_cast<double>(m) * k + 2.0 * m * n;
   double const loaded = static_cast<double>(clusters * (span_m + span_n)) * k;
   double const again = loaded > once ? loaded - once : 0;
-  double const compute = waves * (parts(k, spec.tile_k) * row.k_tile + row.tile) + row.launch;
-  double const memory = once / kMemoryRate + again / kCacheRate + kMemoryStart;
+  double const steps = (waves - kLastWave * idle) * parts(k, spec.tile_k);
+  bool const is_late = quantizes && m <= kFewRows && cluster > 1 &&
+                       std::min<int64_t>(clusters, resident) * cluster > kManyBlocks;
+  double const compute = steps * row.k_tile + waves * row.tile + row.launch + (is_late ? kLate : 0);
+  double memory = once / kMemoryRate + again / kCacheRate + kMemoryStart;
+  if (int64_t const last = clusters % resident * cluster; last > 0) {
+    constexpr int kPairs = kMultiprocessors / 2;
+    double const left = last > kPairs ? last - kPairs : last;
+    double const behind = 1 / kPairRate - left / kMemoryRate;
+    if (behind > 0) memory += once / (clusters * cluster) * behind;
+  }
   auto const power6 = [](double t) { return t * t * t * t * t * t; };
   return power6(compute) + power6(memory);
 }
 
-// Tiles of few rows, each of which reads the weight. Those of 16 are for few rows: without this rule
-// 64x1280x3424 goes to two such in a cluster and takes 5.7 us; with tiles of 32 rows it takes 4.7.
-// Promoted, one tile of 64 rows is faster than expected where several of 32 would read a weight that
-// the L2 cache cannot hold: 33x4096x14336 takes 18.6 us by it and 20.4 by those of 32, which are
-// expected to be faster. The promoted choices are worth 0.9991 with this rule and 0.9981 without, the
-// fast ones 0.9940 with it and 0.9942 without.
-constexpr bool is_for(KernelSpec const& spec, int m, int n, int k) {
-  if (spec.operands == Operands::kNormal || spec.tile_n > 32) return true;
-  if (spec.tile_n <= 16 && m >= kFewRows) return false;
-  return spec.accumulation == Accumulation::kFast || m <= spec.tile_n ||
-         int64_t{n} * k <= kCacheBytes;
-}
-
-// The kernel for a shape; `forced` >= 0 names one outright (tests and tuning).
-constexpr Kernel choose(int m, int n, int k, bool promoted, int forced = -1) {
+// The kernel for a shape; `forced` >= 0 names one outright (tests and tuning). `quantizes`: x's
+// quantize kernel runs right before it.
+constexpr Kernel choose(int m, int n, int k, bool promoted, int forced = -1,
+                        bool quantizes = false) {
   if (forced >= 0) return static_cast<Kernel>(forced);
   auto const accumulation = promoted ? Accumulation::kPromoted : Accumulation::kFast;
   Row const* best = nullptr;
   double least = 0;
   for (Row const& row : kTable) {
     KernelSpec const& spec = spec_of(row.kernel);
-    if (spec.accumulation != accumulation || !is_for(spec, m, n, k)) continue;
-    double const time = expected_time6(row, m, n, k);
+    if (spec.accumulation != accumulation) continue;
+    double const time = expected_time6(row, m, n, k, quantizes);
     if (best == nullptr || time < least) best = &row, least = time;
   }
   return best->kernel;
