@@ -106,8 +106,9 @@ def test_the_plugins_own_table_agrees(tmp_path):
         f'#include <cstdio>\n#include <initializer_list>\n#include "{_table.TABLE}"\n'
         "static void show(int m, int n, int k) {\n"
         "  for (bool promoted : {false, true}) {\n"
-        "    for (bool quantizes : {false, true}) {\n"
-        "      auto const kernel = jaxfp8::choose(m, n, k, promoted, -1, quantizes);\n"
+        "    using jaxfp8::Input;\n"
+        "    for (auto in : {Input::kWholeTiles, Input::kQuantizedHere, Input::kRowsAlone}) {\n"
+        "      auto const kernel = jaxfp8::choose(m, n, k, promoted, -1, in);\n"
         "      std::puts(jaxfp8::spec_of(kernel).name);\n"
         "    }\n"
         "  }\n"
@@ -120,26 +121,29 @@ def test_the_plugins_own_table_agrees(tmp_path):
     names = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
     table = _table.read()
     picked = [table.chosen(Gemm(*size), kind) for size in sizes for kind in _table.KINDS]
-    assert picked == names[::2]
+    assert picked == names[::3]
     assert len(set(picked)) > 20  # the table makes use of its kernels
-    # Behind the quantize kernel of a few rows other kernels run, and only there.
-    changed = [
-        (size, name, other)
-        for (size, _), name, other in zip(
-            ((size, kind) for size in sizes for kind in _table.KINDS),
-            names[::2],
-            names[1::2],
-            strict=True,
-        )
-        if name != other
-    ]
-    assert changed and all(m <= 32 for (m, _, _), _, _ in changed)
-    assert all(not name.endswith("_1x1") for _, name, _ in changed)
-    assert (
-        (16, 4096, 14336),
-        "fast_swap_pp_64x16x256_1x2",
-        "fast_swap_pp_64x32x256_1x1",
-    ) in changed
+    each = [size for size in sizes for _ in _table.KINDS]
+    behind = list(zip(each, picked, names[1::3], strict=True))
+    alone = list(zip(each, picked, names[2::3], strict=True))
+    # Behind the quantize kernel of a few rows others run, and only there.
+    late = [case for case in behind if case[1] != case[2]]
+    assert all(size[0] <= 32 and not name.endswith("_1x1") for size, name, _ in late)
+    one, two = "fast_swap_pp_64x32x256_1x1", "fast_swap_pp_64x16x256_1x2"
+    assert ((17, 4096, 14336), two, one) in late
+    # An x of so many rows and no more has no cluster with many rows beside, unless it has many.
+    assert ((16, 4096, 14336), two, one) in alone
+    for (m, _, _), _, name in alone:
+        rows = _cluster_rows(name)
+        assert name.endswith("_1x1") or -m % rows < 16 or m > 128 and name[-3:] in ("1x2", "2x1")
+    assert all(name == other for (m, _, _), name, other in alone if m % 512 == 0)
+
+
+def _cluster_rows(kernel):
+    """The rows of x that a cluster has."""
+    tile, cluster = (part.split("x") for part in kernel.split("_")[-2:])
+    axis = 1 if "_swap_" in kernel else 0
+    return int(tile[axis]) * int(cluster[axis])
 
 
 def test_hopeless_kernels_are_left_out_by_their_tiles():

@@ -46,7 +46,7 @@ ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs
   p.dependent = true;
   p.stream = stream;
 
-  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel);
+  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel, Input::kRowsAlone);
   if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
   OnDevice const guard(device);
   if constexpr (kStage == Stage::kInitialize) return prepare_gemm(p, chosen);
@@ -120,7 +120,7 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   p.per_token = true;
   p.stream = stream;
 
-  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel, true);
+  Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel, Input::kQuantizedHere);
   if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
   RowClasses const classes = row_classes(chosen, out_type, p.m, p.out_pitch);
   // All classes are read as if they had as many rows as the largest: the scratch must have them.

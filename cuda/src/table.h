@@ -15,6 +15,10 @@ struct Row {
   double k_tile, tile, launch;
 };
 
+// What a kernel finds: x in whole tiles behind another kernel; so, but behind the quantize kernel of
+// the same call; or x of m rows and no more, so that TMA fills the rest of a tile with zeros.
+enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
+
 // Evidence: benchmarks/results/kernel-times.json (fast) and kernel-times-promoted.json, H200,
 // 2026-11-24: dependent launch, weights rotated past the L2, 332 shapes: the grid of `gemm`, the
 // shapes of `gemm --between` and eight further weights. `python -m benchmarks tune` fits the
@@ -97,7 +101,7 @@ inline constexpr int kFewRows = 32, kManyBlocks = kMultiprocessors * 3 / 4;
 // 80 blocks 52 have theirs for themselves and are done when the 14 other pairs have half to go, which
 // are too few to use all of the memory: 16x5120x5120 takes 10.7 us in 80 tiles and 8.6 in 108; the
 // memory gives 3.0 TB/s there, and 3.9 to 64 tiles of 4096 features (H200, 2026-11-24).
-constexpr double expected_time6(Row const& row, int m, int n, int k, bool quantizes) {
+constexpr double expected_time6(Row const& row, int m, int n, int k, Input input) {
   KernelSpec const& spec = spec_of(row.kernel);
   bool const swapped = spec.operands == Operands::kSwapped;
   auto const parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
@@ -111,7 +115,7 @@ constexpr double expected_time6(Row const& row, int m, int n, int k, bool quanti
   double const loaded = static_cast<double>(clusters * (span_m + span_n)) * k;
   double const again = loaded > once ? loaded - once : 0;
   double const steps = (waves - kLastWave * idle) * parts(k, spec.tile_k);
-  bool const is_late = quantizes && m <= kFewRows && cluster > 1 &&
+  bool const is_late = input == Input::kQuantizedHere && m <= kFewRows && cluster > 1 &&
                        std::min<int64_t>(clusters, resident) * cluster > kManyBlocks;
   double const compute = steps * row.k_tile + waves * row.tile + row.launch + (is_late ? kLate : 0);
   double memory = once / kMemoryRate + again / kCacheRate + kMemoryStart;
@@ -125,18 +129,30 @@ constexpr double expected_time6(Row const& row, int m, int n, int k, bool quanti
   return power6(compute) + power6(memory);
 }
 
-// The kernel for a shape; `forced` >= 0 names one outright (tests and tuning). `quantizes`: x's
-// quantize kernel runs right before it.
+// Zeros cost more than rows that are read (gemm.cuh), and a cluster has more of them. Two products
+// 16x14336x4096 of one quantized x took 38.6 us in tiles of 64 rows and clusters of four, and 33.7 in
+// tiles of 16 (H200, 2026-11-24). Clusters of two are left out for few rows only: of more, zeros are a
+// small share. The limits are not timed.
+constexpr bool is_for(KernelSpec const& spec, int m, Input input) {
+  constexpr int kSome = 128, kFewZeros = 16;  // rows
+  int const cluster = spec.cluster_m * spec.cluster_n;
+  if (input != Input::kRowsAlone || cluster == 1 || (cluster == 2 && m > kSome)) return true;
+  bool const swapped = spec.operands == Operands::kSwapped;
+  int const rows = swapped ? spec.tile_n * spec.cluster_n : spec.tile_m * spec.cluster_m;
+  return (m + rows - 1) / rows * rows - m < kFewZeros;
+}
+
+// The kernel for a shape; `forced` >= 0 names one outright (tests and tuning).
 constexpr Kernel choose(int m, int n, int k, bool promoted, int forced = -1,
-                        bool quantizes = false) {
+                        Input input = Input::kWholeTiles) {
   if (forced >= 0) return static_cast<Kernel>(forced);
   auto const accumulation = promoted ? Accumulation::kPromoted : Accumulation::kFast;
   Row const* best = nullptr;
   double least = 0;
   for (Row const& row : kTable) {
     KernelSpec const& spec = spec_of(row.kernel);
-    if (spec.accumulation != accumulation) continue;
-    double const time = expected_time6(row, m, n, k, quantizes);
+    if (spec.accumulation != accumulation || !is_for(spec, m, input)) continue;
+    double const time = expected_time6(row, m, n, k, input);
     if (best == nullptr || time < least) best = &row, least = time;
   }
   return best->kernel;
