@@ -35,11 +35,11 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in geometric
 // mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24 fast 256x128
 // 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
-// 64x64x256 of two; promoted Pingpong 128x128 and clusters of 128x128. How many clusters of eight run
-// at once is another number on every chip.
+// 64x64x256 of two; promoted clusters of 128x128, and promoted Pingpong 128x128 (3000 to 6000x3424x1280 take
+// 5 to 7 % more without it). How many clusters of eight run at once is another number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
-    // kernel                                 k_tile  tile   launch
+    // kernel                                  k_tile  tile   launch
     {Kernel::fast_swap_pp_64x16x256_1x2,       0.197, 0.000, 1.177},
     {Kernel::fast_swap_pp_64x16x256_2x1,       0.262, 0.669, 0.305},
     {Kernel::fast_swap_pp_64x32x256_1x1,       0.221, 0.356, 0.800},
