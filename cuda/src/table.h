@@ -35,8 +35,9 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in geometric
 // mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24 fast 256x128
 // 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
-// 64x64x256 of two; promoted clusters of 128x128, and promoted Pingpong 128x128 (3000 to 6000x3424x1280 take
-// 5 to 7 % more without it). How many clusters of eight run at once is another number on every chip.
+// 64x64x256 of two; promoted clusters of 128x128, and promoted Pingpong 128x128 (3000 to
+// 6000x3424x1280 take 5 to 7 % more without it). How many clusters of eight run at once is another
+// number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                  k_tile  tile   launch
@@ -87,8 +88,8 @@ inline constexpr double kLastWave = 0.20;
 
 // What clusters that fill the GPU take more behind the quantize kernel of few rows, whose blocks keep
 // others off their multiprocessors: behind a GEMM 16x4096x14336 takes 15.7 us in 64 clusters of two
-// and 16.7 in 64 blocks, behind quantize 17.4 and 16.5. A block of MLP 4096-14336 takes 38.4, 39.0 and
-// 39.6 us at M = 1, 16 and 32 as the table alone would have it, 36.8, 38.0 and 38.5 without such
+// and 16.7 in 64 blocks, behind quantize 17.4 and 16.5. A block of MLP 4096-14336 takes 38.4, 39.0
+// and 39.6 us at M = 1, 16 and 32 as the table alone would have it, 36.8, 38.0 and 38.5 without such
 // clusters; but at 64 41.1, and 44.7 without. Clusters on 80 multiprocessors lose nothing (1280x3424;
 // H200, 2026-11-24). With this figure the block has the kernels it was fastest with.
 inline constexpr double kLate = 1.8;
