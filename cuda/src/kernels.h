@@ -80,10 +80,11 @@ constexpr KernelSpec const& spec_of(Kernel kernel) {
 
 // How many clusters of so many blocks, one to a multiprocessor, surely run at once.
 //
-// NOTES: the blocks of a cluster share a GPC, of which there are 8 with an even number of
-// multiprocessors each: of four in a cluster each GPC may leave two over. An H200 with 132 says 30
-// (cudaOccupancyMaxActiveClusters); others have their GPCs cut otherwise, but 29 they all have. With
-// 32 clusters 48x4096x4096 took 9.2 us instead of 6: two waves (H200, 2026-11-24).
+// NOTES: the blocks of a cluster share a GPC, of which there are 8; if each has an even number of
+// multiprocessors, each may leave two over of clusters of four. An H200 with 132 says 30
+// (cudaOccupancyMaxActiveClusters), and GPCs cut otherwise have 29 at least. Launched as 32 clusters,
+// of which some wait for others to end, normal 64x32x256 took 9.2 us for 48x4096x4096, as 29 with more
+// than a tile each 7.5 (H200, 2026-11-24).
 constexpr int resident_clusters(int multiprocessors, int size) {
   constexpr int kGpcs = 8;
   int const left_over = size > 2 ? kGpcs * (size - 2) : 0;

@@ -28,7 +28,7 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // (64x2304x768); with the fit alone 0.991 and 0.819, 0.994 and 0.921. At 44 other shapes 0.992 and
 // 0.910 (350x3424x1280), promoted 0.998 and 0.974.
 //
-// The fastest of the 20 fast kernels takes 0.79 to 1.0 of the time of the fastest of the 11 that
+// The fastest of the 20 fast kernels takes 0.79 to 1.01 of the time of the fastest of the 11 that
 // were here before: blocks of a cluster load x or the weight once for all of them, and a cluster of
 // two or four has more multiprocessors load the weight than there are tiles with rows of x in them.
 //
@@ -89,9 +89,10 @@ inline constexpr double kLastWave = 0.20;
 // What clusters that fill the GPU take more behind the quantize kernel of few rows, whose blocks keep
 // others off their multiprocessors: behind a GEMM 16x4096x14336 takes 15.7 us in 64 clusters of two
 // and 16.7 in 64 blocks, behind quantize 17.4 and 16.5. A block of MLP 4096-14336 takes 38.4, 39.0
-// and 39.6 us at M = 1, 16 and 32 as the table alone would have it, 36.8, 38.0 and 38.5 without such
-// clusters; but at 64 41.1, and 44.7 without. Clusters on 80 multiprocessors lose nothing (1280x3424;
-// H200, 2026-11-24). With this figure the block has the kernels it was fastest with.
+// and 39.6 us at M = 1, 16 and 32 as the table alone would have it, and 36.8, 38.0 and 38.5 with
+// swapped 64x16 2x1 and 64x32 1x1 in place of 64x16 1x2 and normal 64x64 1x4; but at 64 41.1, and 44.7
+// so. Clusters on 80 multiprocessors lose nothing (1280x3424; H200, 2026-11-24). By this figure the
+// block has the kernels it was fastest with. Promoted ones were not timed so.
 inline constexpr double kLate = 1.8;
 inline constexpr int kFewRows = 32, kManyBlocks = kMultiprocessors * 3 / 4;
 
