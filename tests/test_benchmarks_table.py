@@ -1,10 +1,16 @@
 """The kernel table as the benchmarks read it, and its choices beside measured times."""
 
-import shutil
-import subprocess
-
 import pytest
-from table_cases import LARGE, MIDDLE, PROMOTED, SMALL, TABLE, measured, table_file
+from table_cases import (
+    LARGE,
+    MIDDLE,
+    PROMOTED,
+    SMALL,
+    TABLE,
+    measured,
+    table_file,
+    the_plugins_choices,
+)
 
 from benchmarks import _between, _table, shapes
 from benchmarks.shapes import Gemm
@@ -94,31 +100,13 @@ def test_a_table_of_another_form_is_refused(table, old, new, message):
 
 def test_the_plugins_own_table_agrees(tmp_path):
     """What a C++ compiler makes of table.h is the reference."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
     sizes = [(m, n, k) for n, k in shapes.BETWEEN_WEIGHTS for m in (1, *shapes.BETWEEN_ROWS, 9000)]
     sizes += [(m, n, k) for n, k in shapes.GEMM_WEIGHTS for m in shapes.GEMM_ROWS]
     sizes += [(m, 30528, 16) for m in (1, 100, 2**20)]
-    calls = "".join(f"  show({m}, {n}, {k});\n" for m, n, k in sizes)
-    source = tmp_path / "picks.cc"
-    source.write_text(
-        f'#include <cstdio>\n#include <initializer_list>\n#include "{_table.TABLE}"\n'
-        "static void show(int m, int n, int k) {\n"
-        "  for (bool promoted : {false, true}) {\n"
-        "    using jaxfp8::Input;\n"
-        "    for (auto in : {Input::kWholeTiles, Input::kQuantizedHere, Input::kRowsAlone}) {\n"
-        "      auto const kernel = jaxfp8::choose(m, n, k, promoted, -1, in);\n"
-        "      std::puts(jaxfp8::spec_of(kernel).name);\n"
-        "    }\n"
-        "  }\n"
-        f"}}\nint main() {{\n{calls}}}\n"
-    )
-    program = tmp_path / "picks"
-    command = [compiler, "-std=c++17", "-I", str(_table.TABLE.parent), "-o", str(program)]
-    built = subprocess.run([*command, str(source)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    names = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    choices = the_plugins_choices(sizes, tmp_path)
+    if choices is None:
+        pytest.skip("there is no C++ compiler")
+    names = [name for of_shape in choices for of_kind in of_shape for name in of_kind]
     table = _table.read()
     picked = [table.chosen(Gemm(*size), kind) for size in sizes for kind in _table.KINDS]
     assert picked == names[::3]

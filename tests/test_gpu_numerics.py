@@ -150,7 +150,7 @@ def test_rows_do_not_depend_on_batch_kernel_or_position(accumulation, out_dtype)
 @accumulations
 @pytest.mark.parametrize("n", [3424, 3420, 3421])
 def test_rows_of_dense_do_not_depend_on_batch_kernel_or_position(n, accumulation, out_dtype):
-    """N of 1, 2 and 8 classes of rows, of which cuts of odd lengths have unequal numbers."""
+    """N of 1, 4 and 8 classes of rows, of which cuts of odd lengths have unequal numbers."""
     k = 1283
     x, bias = randn(3, (max(ROWS) + OFFSET, k), jnp.bfloat16), randn(4, (n,))
     weight = PaddedKernel.from_dense(randn(5, (k, n)) / np.sqrt(k))

@@ -15,9 +15,10 @@ from jaxfp8.quantize import FP8_DTYPE, cast_to_fp8, quantize
 
 
 pytestmark = pytest.mark.gpu
-# Every other row begins 8 bytes past a multiple of 16 where K is 50 or 1030 and x float32, or K is
-# 100, 516 or 3420 and x of 16 bits.
-WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1026, 1030, 3420, 4096, 14336, 53248, 70000]
+# Every other row begins 8 bytes past a multiple of 16 where K is 50, 1022 or 1030 and x float32, or
+# K is 100, 516, 2044, 3420 or 53252 and x of 16 bits; 1022 and 2044 fill their last warp.
+WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1022, 1026, 1030, 2044, 3420, 4096, 14336]
+WIDTHS += [53248, 53252, 70000]  # read twice
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__
 )
@@ -131,7 +132,7 @@ def test_rows_that_do_not_fill_a_block(m):
 
 
 @dtypes
-@pytest.mark.parametrize("k", [50, 100, 513, 516, 1030, 3420, 4100, 16390])
+@pytest.mark.parametrize("k", [50, 100, 513, 516, 1022, 1030, 1280, 2044, 3420, 4100, 16390])
 def test_many_rows(k, dtype):
     """From 512 rows on a thread keeps more of a row; a row of them says whose neighbour it took."""
     m = 515

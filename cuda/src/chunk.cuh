@@ -22,12 +22,14 @@ struct alignas(16) Chunk {
   T v[kSize];
 };
 
-// NOTES: of rows whose pitch is 8 bytes past a multiple of 16, every other one begins in the middle
-// of 16 aligned bytes. There a thread reads the 16 that end with the first half of its chunk, and
-// takes the second half from its neighbour (`shift`). By 8 bytes a read, 4096x3420 took 2.0 us more
-// than 4096x3424 does, 9.7 us (H200, 2026-11-22).
+// NOTES: of rows whose pitch is 8 bytes past a multiple of 16, every other one is shifted: it begins
+// in the middle of 16 aligned bytes. Its chunks begin half a chunk before where they would (the
+// first at -kSize / 2), so that all but those at the row's ends are 16 aligned bytes; store_chunk puts
+// their halves together again. Read by 8 bytes, 4096x3420 took 2.0 us more than 4096x3424 does, 9.7 us
+// (H200, 2026-11-22). No loaded value is looked at here: a thread at a row's end that waited for its
+// half would hold up its warp.
 template <class T, Load kLoad>
-__device__ Chunk<T> load_chunk(T const* row, int start, int k, bool shifted) {
+__device__ Chunk<T> load_chunk(T const* row, int start, int k) {
   Chunk<T> chunk;
   if constexpr (kLoad == Load::kElements) {
 #pragma unroll
@@ -35,37 +37,25 @@ __device__ Chunk<T> load_chunk(T const* row, int start, int k, bool shifted) {
     return chunk;
   }
   constexpr int kHalf = Chunk<T>::kSize / 2;
-  int const at = shifted ? start - kHalf : start;
-  bool const first = at >= 0 && at < k;
-  bool const second = at + kHalf < k;  // k is a multiple of kHalf, so a half is never split
-  uint4 bytes{};
+  auto& bytes = reinterpret_cast<uint4&>(chunk);
+  bytes = {};
+  bool const first = start >= 0 && start < k;
+  bool const second = start + kHalf < k;  // k is a multiple of kHalf, so a half is never split
   if (first && (second || kLoad == Load::k16Bytes)) {
-    bytes = __ldg(reinterpret_cast<uint4 const*>(row + at));
-  } else if (first || second) {
-    uint2 const half = __ldg(reinterpret_cast<uint2 const*>(row + at + (first ? 0 : kHalf)));
-    (first ? bytes.x : bytes.z) = half.x;
-    (first ? bytes.y : bytes.w) = half.y;
+    bytes = __ldg(reinterpret_cast<uint4 const*>(row + start));
   }
-  reinterpret_cast<uint4&>(chunk) = bytes;
+  if constexpr (kLoad == Load::k8Bytes) {
+    auto* const halves = reinterpret_cast<uint2*>(&chunk);
+    if (first && !second) halves[0] = __ldg(reinterpret_cast<uint2 const*>(row + start));
+    if (!first && second) halves[1] = __ldg(reinterpret_cast<uint2 const*>(row + start + kHalf));
+  }
   return chunk;
 }
 
-// The chunk at `start` out of what was read around it; the last lane of a warp reads the rest.
-template <class T>
-__device__ Chunk<T> shift(Chunk<T> const& chunk, T const* row, int start, int k) {
-  constexpr int kHalf = Chunk<T>::kSize / 2;
-  auto const& own = reinterpret_cast<uint4 const&>(chunk);
-  uint2 next{};
-  bool const last_lane = threadIdx.x % 32 == 31;
-  if (last_lane && start + kHalf < k) {
-    next = __ldg(reinterpret_cast<uint2 const*>(row + start + kHalf));
-  }
-  uint32_t const x = __shfl_down_sync(0xffffffffu, own.x, 1);
-  uint32_t const y = __shfl_down_sync(0xffffffffu, own.y, 1);
-  Chunk<T> shifted;
-  reinterpret_cast<uint4&>(shifted) = {own.z, own.w, last_lane ? next.x : x,
-                                       last_lane ? next.y : y};
-  return shifted;
+// Whether a row of an array that is read by `kLoad` begins in the middle of 16 aligned bytes.
+template <class T, Load kLoad>
+__device__ bool is_shifted(T const* row) {
+  return kLoad == Load::k8Bytes && reinterpret_cast<uintptr_t>(row) % 16 != 0;
 }
 
 }  // namespace jaxfp8

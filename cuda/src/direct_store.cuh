@@ -1,14 +1,14 @@
 // Stores a staged subtile where TMA cannot address the rows of the result.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
 #include "cute/tensor.hpp"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "row_classes.h"
 
 namespace jaxfp8 {
-
-inline constexpr int kMaxClasses = 8;
 
 // NOTES: TMA wants rows that start at multiples of 16 bytes; a bfloat16 row of 3420 features does
 // not. Padding the rows and slicing them afterwards is one more kernel and one more pass over the
@@ -16,21 +16,18 @@ inline constexpr int kMaxClasses = 8;
 // it belongs, and CUTLASS's own TMA store gets a tensor of one element (gemm.cuh). One kernel
 // serves both, told apart at run time. Two ways:
 //
-// By classes. Rows that are equal modulo `classes` = 16 / gcd(16, pitch in bytes) lie a multiple of
-// 16 bytes apart, so each class is a tensor that TMA can address; the GEMM runs over classes as
+// By classes. Rows that are equal modulo `classes` = 32 / gcd(32, pitch in bytes) lie a multiple of
+// 32 bytes apart, so each class is a tensor that TMA can address; the GEMM runs over classes as
 // CUTLASS runs over a batch, x being quantized into that order. But a store by TMA must also begin
-// at a column that is such a multiple and not negative (else: illegal instruction), and what it
-// clips on the right it clips to such a multiple (else the next row's first features are
-// overwritten). So where the rows of a class begin `shift` elements past a multiple, its tiles are
-// `shift` features early (class_mainloop.cuh), its tensor has the whole 16 bytes within a row, and
-// threads store the rest: the first subtile of a row, and up to 7 features at its end.
+// at a column that is a multiple of 16 bytes and not negative (else: illegal instruction), and what
+// it clips on the right it clips to such a multiple (else the next row's first features are
+// overwritten). So where the rows of a class begin `shift` elements past a multiple of 32 bytes, its
+// tiles are `shift` features early (class_mainloop.cuh), its tensor has the whole 16 bytes within a
+// row, and threads store the rest: the first subtile of a row, and up to 7 features at its end. 16
+// bytes would do for TMA, and do where 32 make more than 8 classes or waste tiles.
 //
 // By threads, where classes would waste tiles (few rows), and in swapped kernels: plain stores.
 //
-// Measured on an H200, 2026-11-22, 4096x3420x1280, us, without activation / with gelu: 3424
-// features by TMA 36.0 / 46.5; 3424 by threads 40.1 / 53.0; 3420 by threads 41.4 / 53.8. So what
-// costs is the threads' time, because the epilogue of a short K is as long as its mainloop; that
-// rows begin within a 32-byte sector costs little.
 template <class Element>
 struct DirectStoreArguments {
   Element* out = nullptr;  // null: CUTLASS's own store writes everything
@@ -62,11 +59,20 @@ struct DirectStore {
   // behind the other.
   static constexpr int kBox = std::gcd(kFeatures, 128 / static_cast<int>(sizeof(Element)));
 
+  static constexpr int kUnit = 16 / sizeof(Element);
+
+  // Rows of the result: where the subtile's first one begins, how far it is from one to the next,
+  // and how many of the subtile's there are.
+  struct Rows {
+    Element* out;
+    int64_t pitch;
+    int count;
+  };
+
   CUTLASS_DEVICE void by_class(int row_class, bool issues_tma) const {
-    constexpr int kUnit = 16 / sizeof(Element);
     int const shift = row_class * to.step;
-    int const before = shift == 0 ? 0 : kUnit - shift;  // features left of the class's tensor
-    int const tail = features - (features - before) % kUnit;  // the first one right of it
+    int const before = shift == 0 ? 0 : to.classes * to.step - shift;  // left of the class's tensor
+    int const tail = features - (features - before) % kUnit;  // the first feature right of it
     if (issues_tma && cute::elect_one_sync()) {
       CUTLASS_PRAGMA_UNROLL
       for (int f = 0; f < kFeatures; f += kBox) {
@@ -75,83 +81,82 @@ struct DirectStore {
                                       feature + f - before, token, 0);
       }
     }
+    bool const has_tail = features < feature + kFeatures && tail < features &&
+                          tail >= feature + kBox * (feature < 0);
+    if (feature >= 0 && !has_tail) return;
+    int const first = to.first_row[row_class] + token * to.classes;
+    Rows const rows{to.out + first * to.pitch + feature, to.pitch * to.classes,
+                    (to.rows - first + to.classes - 1) / to.classes};
     if (feature < 0) {
       // 16 bytes at a time: the box begins at a multiple of them, `shift` before the row.
-      constexpr int kUnits = kBox / kUnit, kTurns = kTokens * kUnits / kThreads;
       using Piece = cutlass::AlignedArray<Element, kUnit>;
-      auto const tile = staged_tile();
-      CUTLASS_PRAGMA_UNROLL
-      for (int turn = 0; turn < kTurns; ++turn) {
-        int const at = thread + turn * kThreads, t = at / kUnits, f = at % kUnits * kUnit;
-        if (f > 0 && row(row_class, t) < to.rows) {
-          *reinterpret_cast<Piece*>(place(row_class, t, f)) =
-              *reinterpret_cast<Piece const*>(&tile(t, f));
-        }
-      }
-      store_few(row_class, shift, kUnit);
+      constexpr int kPieces = kBox / kUnit;
+      int const f = thread % kPieces * kUnit;
+      if (f >= shift) copy<Piece, kPieces>(rows, f);
+      if (shift % kUnit != 0) copy_few(rows, shift, (shift / kUnit + 1) * kUnit);
     }
-    if (features < feature + kFeatures && tail < features &&
-        tail >= feature + kBox * (feature < 0)) {
-      store_few(row_class, max(tail - feature, 0), features - feature);
-    }
-  }
-
-  // Features from `first` to `last` of the subtile, element by element.
-  CUTLASS_DEVICE void store_few(int row_class, int first, int last) const {
-    auto const tile = staged_tile();
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int t = thread; t < kTokens && row(row_class, t) < to.rows; t += kThreads) {
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int f = first; f < last; ++f) *place(row_class, t, f) = tile(t, f);
-    }
-  }
-
-  CUTLASS_DEVICE int row(int row_class, int t) const {
-    return to.first_row[row_class] + (token + t) * to.classes;
-  }
-
-  CUTLASS_DEVICE Element* place(int row_class, int t, int f) const {
-    return to.out + row(row_class, t) * to.pitch + feature + f;
+    if (has_tail) copy_few(rows, max(tail - feature, 0), features - feature);
   }
 
   CUTLASS_DEVICE void by_threads() const {
+    Rows const rows{to.out + token * to.pitch + feature, to.pitch, tokens - token};
     if (to.pitch * sizeof(Element) % 8 == 0) {
-      copy<8 / sizeof(Element)>();
+      copy_all<8 / sizeof(Element)>(rows);
     } else {
-      copy<1>();
+      copy_all<1>(rows);
     }
   }
 
   // kPiece neighbouring features at a time; the pitch is a multiple of them, and so are all
   // coordinates.
   template <int kPiece>
-  CUTLASS_DEVICE void copy() const {
-    using Piece = cutlass::AlignedArray<Element, kPiece>;
-    constexpr int kPieces = kFeatures / kPiece;
-    constexpr int kStep = kThreads / kPieces;  // tokens from one turn to the next
-    // Loads first, some at a time: unrolled whole in every subtile it made the epilogue so long
-    // that small GEMMs, which wait for their instructions, were 0.3 us slower without using it.
-    constexpr int kBatch = kTokens / kStep < 8 ? kTokens / kStep : 8;
-    // Whether no thread and no turn is left over, so that there is less to ask.
-    constexpr bool kEven = kThreads % kPieces == 0 && kTokens % (kStep * kBatch) == 0;
-    auto const tile = staged_tile();
-    int const f = thread % kPieces * kPiece;
-    if (feature + f >= features || (!kEven && thread >= kStep * kPieces)) return;
-    Element* const first = to.out + token * to.pitch + feature + f;
+  CUTLASS_DEVICE void copy_all(Rows const& rows) const {
+    constexpr int kPieces = std::min(kBox / kPiece, 16);  // of a row that are copied together
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int t = thread / kPieces; t < kTokens; t += kBatch * kStep) {
+    for (int f = thread % kPieces * kPiece; f < kFeatures; f += kPieces * kPiece) {
+      if (feature + f < features) {
+        copy<cutlass::AlignedArray<Element, kPiece>, kPieces>(rows, f);
+      }
+    }
+  }
+
+  // Features from `first` to `last` of the subtile, less than 16 bytes of each row.
+  CUTLASS_DEVICE void copy_few(Rows const& rows, int first, int last) const {
+    int const f = first + thread % kUnit;
+    if (f < last) copy<Element, kUnit>(rows, f);
+  }
+
+  // Of each row one piece at feature f, where `kPieces` threads have a row between them.
+  //
+  // NOTES: the staged layout repeats every 8 rows, so a thread whose rows are a multiple of that
+  // apart finds its pieces at constant distances. With the layout asked for each of them, about 28
+  // instructions a piece, a tile of 128x128 took 2900 clocks longer so than by TMA (H200, 2026-11-30).
+  // Loads first, some at a time: unrolled whole in every subtile it made the epilogue so long that
+  // small GEMMs, which wait for their instructions, were 0.3 us slower without using it.
+  template <class Piece, int kPieces>
+  CUTLASS_DEVICE void copy(Rows const& rows, int f) const {
+    constexpr int kApart = kThreads / kPieces;  // rows
+    constexpr int kTurns = std::max(kTokens / kApart, 1), kBatch = std::min(kTurns, 8);
+    static_assert(kApart % 8 == 0 && kTurns % kBatch == 0);
+    int const first = thread / kPieces, count = min(rows.count, kTokens);
+    auto const tile = staged_tile();
+    Element const* from = &(kTransposed ? tile(f, first) : tile(first, f));
+    Element* out = rows.out + first * rows.pitch + f;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int t = first; t < count; t += kBatch * kApart) {
       Piece pieces[kBatch];
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        int const row = kEven ? t + i * kStep : min(t + i * kStep, kTokens - 1);
-        pieces[i] = *reinterpret_cast<Piece const*>(&(kTransposed ? tile(f, row) : tile(row, f)));
+        pieces[i] = *reinterpret_cast<Piece const*>(from + i * kApart * kBox);
       }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kBatch; ++i) {
-        int const row = t + i * kStep;
-        if (!kEven && row >= kTokens) break;
-        if (token + row < tokens) *reinterpret_cast<Piece*>(first + row * to.pitch) = pieces[i];
+        if (t + i * kApart < count) {
+          *reinterpret_cast<Piece*>(out + i * kApart * rows.pitch) = pieces[i];
+        }
       }
+      from += kBatch * kApart * kBox;
+      out += kBatch * kApart * rows.pitch;
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "chunk.cuh"
 
@@ -56,14 +57,22 @@ __device__ inline float scale_of_amax(float amax) {
   return scale;
 }
 
+// The e4m3 codes of a chunk, as many bytes as it has numbers.
+template <class T>
+struct alignas(Chunk<T>::kSize) Codes {
+  using Half = std::conditional_t<Chunk<T>::kSize == 8, uint32_t, uint16_t>;
+  Half low, high;
+};
+
+// Codes of x * reciprocal; 0 from the chunk's number `valid` on, also where the scale is NaN.
+//
 // NOTES: the saturating conversion turns NaN into 0x7f, but infinity into 448. Where the scale is
 // the row's own, an infinite x has met an infinite scale and is 0·inf = NaN already; under a static
 // scale it must be made NaN here.
 template <bool kStatic, class T>
-__device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int valid, uint8_t* to) {
-  struct alignas(Chunk<T>::kSize) Pairs {
-    __nv_fp8x2_storage_t v[Chunk<T>::kSize / 2];
-  } pairs;
+__device__ Codes<T> encode(Chunk<T> const& chunk, float reciprocal, int valid) {
+  Codes<T> codes;
+  auto* const pairs = reinterpret_cast<__nv_fp8x2_storage_t*>(&codes);
 #pragma unroll
   for (int i = 0; i < Chunk<T>::kSize; i += 2) {
     float2 x = {to_float(chunk.v[i]), to_float(chunk.v[i + 1])};
@@ -72,12 +81,40 @@ __device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int valid, 
       if (isinf(x.y)) x.y = nanf("");
     }
     float2 const scaled = {__fmul_rn(x.x, reciprocal), __fmul_rn(x.y, reciprocal)};
-    pairs.v[i / 2] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
-    // Past the row's end 0, also where the scale is NaN.
-    if (i >= valid) pairs.v[i / 2] = 0;
-    if (i + 1 == valid) pairs.v[i / 2] &= 0xff;
+    pairs[i / 2] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+    if (i >= valid) pairs[i / 2] = 0;
+    if (i + 1 == valid) pairs[i / 2] &= 0xff;
   }
-  *reinterpret_cast<Pairs*>(to) = pairs;
+  return codes;
+}
+
+// The chunk at `at` of a row of k numbers, to its place in the row `to` of k_pad codes; by all lanes
+// of a warp, which have chunks that lie side by side.
+//
+// Chunks of a shifted row begin half a chunk early (chunk.cuh): each lane stores its second half
+// together with the first half of the next lane. Only a warp's first and last lane store one alone;
+// behind the row is padding, and so 0.
+template <bool kStatic, class T>
+__device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int at, int k, int k_pad,
+                            bool shifted, uint8_t* to) {
+  using Half = typename Codes<T>::Half;
+  Codes<T> const codes = encode<kStatic>(chunk, reciprocal, k - at);
+  if (!shifted) {
+    if (at < k_pad) *reinterpret_cast<Codes<T>*>(to + at) = codes;
+    return;
+  }
+  constexpr int kHalf = Chunk<T>::kSize / 2;
+  int const lane = threadIdx.x % 32, middle = at + kHalf;
+  auto next = static_cast<Half>(__shfl_down_sync(0xffffffffu, codes.low, 1));
+  if (lane == 31 && middle + kHalf >= k) next = 0;
+  if (middle < k_pad) {
+    if (lane < 31 || middle + kHalf >= k) {
+      *reinterpret_cast<Codes<T>*>(to + middle) = {codes.high, next};
+    } else {
+      *reinterpret_cast<Half*>(to + middle) = codes.high;
+    }
+  }
+  if (lane == 0 && at >= 0 && at < k) *reinterpret_cast<Half*>(to + at) = codes.low;
 }
 
 }  // namespace jaxfp8

@@ -56,6 +56,14 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   Params const* params = nullptr;
   SharedStorage* shared = nullptr;
 
+  // By a warp, before they are wanted: a class's descriptor would be waited for behind CUTLASS's own.
+  static CUTLASS_DEVICE void prefetch_descriptors(Params const& params) {
+    int const row_class = threadIdx.x % 32;
+    if (params.direct.classes > 1 && row_class < params.direct.classes) {
+      cute::prefetch_tma_descriptor(&params.direct.tensor[row_class]);
+    }
+  }
+
   // Where a tile of the result, or of a class of its rows, begins, and how many tokens that has.
   struct Place {
     int tokens, token, feature, row_class;  // the feature may be negative
@@ -122,8 +130,6 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
         : params(params), lhs_scale(lhs_scale), rhs_scale(rhs_scale), bias(bias), at(at),
           thread(thread) {}
 
-    static constexpr int kUnit = 16 / sizeof(Element);
-
     Params const& params;
     PerToken lhs_scale;  // this thread's share of the vectors in shared memory
     PerFeature rhs_scale, bias;
@@ -180,8 +186,12 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     // Called when the subtile is staged and all threads have seen it; they meet again before the
     // buffer is reused.
     CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int, bool issues_tma) {
-      if constexpr (sizeof(Element) == 1) return;  // its rows are padded
-      if (params.direct.out == nullptr) return;
+      if constexpr (sizeof(Element) > 1) {  // rows of e4m3 are padded
+        if (params.direct.out != nullptr) store_directly(epi_m, epi_n, issues_tma);
+      }
+    }
+
+    CUTLASS_DEVICE void store_directly(int epi_m, int epi_n, bool issues_tma) {
       using Store = DirectStore<Element, kSwapped, EpilogueTile, kThreads>;
       Store const store{params.direct,
                         staged,
@@ -190,12 +200,11 @@ struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
                         at.token + (kSwapped ? epi_n : epi_m) * Store::kTokens,
                         at.feature + (kSwapped ? epi_m : epi_n) * Store::kFeatures,
                         thread};
-      if (kSwapped || params.direct.classes == 1) {
-        if (params.features < kUnit) wait_for_the_one_element(issues_tma);
-        store.by_threads();
-      } else {
-        store.by_class(at.row_class, issues_tma);
+      if constexpr (!kSwapped) {
+        if (params.direct.classes > 1) return store.by_class(at.row_class, issues_tma);
       }
+      if (params.features < Store::kUnit) wait_for_the_one_element(issues_tma);
+      store.by_threads();
     }
   };
 

@@ -151,8 +151,8 @@ struct Gemm {
     direct.step = p.classes.step;
     for (int r = 0; r < direct.classes && direct.classes > 1; ++r) {
       int const row_class = r * p.classes.factor % direct.classes;
-      // Of row r, the features before its first multiple of 16 bytes and up to its last.
-      int const before = (kAlignOut - row_class * direct.step) % kAlignOut;
+      // Of row r, the features before its first multiple of a unit, and from there on whole 16 bytes.
+      int const unit = p.classes.unit(), before = (unit - row_class * direct.step) % unit;
       int const whole = (p.n - before) / kAlignOut * kAlignOut;
       int const rows = (p.m - r + direct.classes - 1) / direct.classes;
       direct.first_row[row_class] = r;
@@ -181,7 +181,7 @@ struct Gemm {
       stores.dD = cute::make_stride(cute::_1{}, tma_pitch, int64_t{0});
     } else {
       // The tiles of the last class begin all but one step early, and have as much further to go.
-      int const further = p.classes.count > 1 ? kAlignOut - p.classes.step : 0;
+      int const further = p.classes.count > 1 ? p.classes.unit() - p.classes.step : 0;
       shape = cute::make_shape(rows, p.n + further, p.k, p.classes.count);
       loads.dA = cute::make_stride(int64_t{p.k}, cute::_1{}, int64_t{p.k} * rows);
       stores.dD = cute::make_stride(tma_pitch, cute::_1{}, int64_t{0});

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "kernels.h"
 #include "row_classes.h"
@@ -50,14 +51,21 @@ struct GemmProblem {
 };
 
 // The classes a result's rows are best stored in: one where TMA can address its rows, or where
-// several would need more tiles.
+// several would need more tiles. Rows of a class start at the same place within 32 bytes if 8 classes
+// are enough for that, else within the 16 that TMA wants: stores of whole sectors are faster
+// (direct_store.cuh).
 inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {
   KernelSpec const& spec = spec_of(kernel);
-  RowClasses const classes = RowClasses::of(out_pitch, 16 / bytes_of(out));
-  auto const tiles = [&](int rows) { return (rows + spec.tile_m - 1) / spec.tile_m; };
-  bool const wide = out_pitch > spec.tile_n && m >= classes.count;
-  bool const cheap = 8 * classes.count * tiles(classes.rows(m)) <= 9 * tiles(m);
-  return spec.operands == Operands::kNormal && wide && cheap ? classes : RowClasses{};
+  int const span = spec.tile_m * spec.cluster_m;
+  auto const clusters = [&](int rows) { return (rows + span - 1) / span; };
+  bool const by_tma = out_pitch * bytes_of(out) % 16 == 0;
+  if (by_tma || spec.operands == Operands::kSwapped || out_pitch <= spec.tile_n) return {};
+  for (int bytes : {32, 16}) {
+    RowClasses const classes = RowClasses::of(out_pitch, bytes / bytes_of(out));
+    bool const cheap = 8 * classes.count * clusters(classes.rows(m)) <= 9 * clusters(m);
+    if (classes.count <= kMaxClasses && m >= classes.count && cheap) return classes;
+  }
+  return {};
 }
 
 // What a compiled instance offers. Each returns null, or why it failed.

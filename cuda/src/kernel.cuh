@@ -102,6 +102,7 @@ struct GemmKernel {
         load(params, shared, pipeline);
       } else {
         params.prefetch(warp - 1);
+        if (warp == 3) Finish::prefetch_descriptors(params.epilogue.thread.op_1);
         if constexpr (kClusterSize > 1) cute::cluster_wait();
       }
     } else {

@@ -52,6 +52,7 @@ struct KernelSpec {
   X(promoted_swap_pp_64x64x128_1x1, 64, 64, 128, 1, 1, kPingpong, kSwapped, kPromoted)    \
   X(promoted_swap_pp_64x128x128_1x1, 64, 128, 128, 1, 1, kPingpong, kSwapped, kPromoted)  \
   X(promoted_pp_64x32x128_1x4, 64, 32, 128, 1, 4, kPingpong, kNormal, kPromoted)          \
+  X(promoted_pp_128x128x128_1x1, 128, 128, 128, 1, 1, kPingpong, kNormal, kPromoted)      \
   X(promoted_coop_128x80x128_1x2, 128, 80, 128, 1, 2, kCooperative, kNormal, kPromoted)   \
   X(promoted_coop_128x128x128_1x1, 128, 128, 128, 1, 1, kCooperative, kNormal, kPromoted) \
   X(promoted_coop_128x160x128_2x1, 128, 160, 128, 2, 1, kCooperative, kNormal, kPromoted) \

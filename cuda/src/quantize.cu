@@ -14,12 +14,10 @@ namespace jaxfp8 {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxKept = 8;  // 16-byte chunks of x that one thread holds
-constexpr int kManyRows = 512;
 
 // Block (threads, rows): each row of x has its own `threads`, a multiple of the warp.
 // NOTES: kKept chunks a thread stay in registers; kKept = 0 is for rows beyond 1024 threads of
-// kMaxKept chunks, read twice.
+// 6 chunks, read twice.
 template <class T, Load kLoad, int kKept>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
@@ -33,27 +31,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   bool const active = row_index < m;
   T const* row = x + static_cast<int64_t>(active ? row_index : 0) * k;
   int const step = blockDim.x * kSize;
-  int const start = threadIdx.x * kSize;
-  bool const shifted =  // the same for all threads of a row, and so of a warp
-      kLoad == Load::k8Bytes && reinterpret_cast<uintptr_t>(row) % 16 != 0;
+  bool const shifted = is_shifted<T, kLoad>(row);
+  int const start = threadIdx.x * kSize - (shifted ? kSize / 2 : 0);
 
   Chunk<T> kept[kKept > 0 ? kKept : 1];
   Amax<T> chunk_amax;
   if constexpr (kKept > 0) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      kept[i] = load_chunk<T, kLoad>(row, start + i * step, k, shifted);
-    }
-    if (shifted) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) kept[i] = shift(kept[i], row, start + i * step, k);
-    }
+    for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) chunk_amax.add(kept[i]);
   } else if (x_scale == nullptr) {
-    for (int at = start; at < k; at += step) {
-      chunk_amax.add(load_chunk<T, kLoad>(row, at, k, false));
-    }
+    for (int at = start; at < k; at += step) chunk_amax.add(load_chunk<T, kLoad>(row, at, k));
   }
 
   bool const is_static = x_scale != nullptr;
@@ -86,19 +75,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   uint8_t* to = q + static_cast<int64_t>(place) * k_pad;
   auto const store = [&](Chunk<T> const& chunk, int at) {
     if (is_static) {
-      store_chunk<true>(chunk, reciprocal, k - at, to + at);
+      store_chunk<true>(chunk, reciprocal, at, k, k_pad, shifted, to);
     } else {
-      store_chunk<false>(chunk, reciprocal, k - at, to + at);
+      store_chunk<false>(chunk, reciprocal, at, k, k_pad, shifted, to);
     }
   };
   if constexpr (kKept > 0) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      int const at = start + i * step;
-      if (at < k_pad) store(kept[i], at);
-    }
+    for (int i = 0; i < kKept; ++i) store(kept[i], start + i * step);
   } else {
-    for (int at = start; at < k_pad; at += step) store(load_chunk<T, kLoad>(row, at, k, false), at);
+    for (int base = 0; base < k_pad; base += step) {
+      store(load_chunk<T, kLoad>(row, base + start, k), base + start);
+    }
   }
 }
 
@@ -112,7 +100,8 @@ QuantizeKernel<T> pick_kept(int kept) {
     case 1: return quantize_rows<T, kLoad, 1>;
     case 2: return quantize_rows<T, kLoad, 2>;
     case 4: return quantize_rows<T, kLoad, 4>;
-    case 8: return quantize_rows<T, kLoad, 8>;
+    case 5: return quantize_rows<T, kLoad, 5>;
+    case 6: return quantize_rows<T, kLoad, 6>;
     default: return quantize_rows<T, kLoad, 0>;
   }
 }
@@ -126,25 +115,40 @@ QuantizeKernel<T> pick_load(Load load, int kept) {
   }
 }
 
+int whole_warps(int threads) { return (threads + 31) / 32 * 32; }
+
+// How many 16-byte chunks of a row each of its threads holds; 0: the row is read twice.
+//
+// NOTES: few rows want threads on each, for the latency, but not all that a block may have: with 256
+// of them 16x4096 takes 1.68 us and with 512 1.78, 256x8192 2.68 and with 1024 3.10. Many rows want
+// chunks in flight, no thread idle and blocks small enough that others load while one waits at its
+// barrier: with 5 a thread, a warp to a row, 4096x1280 takes 3.96 us and with 2 4.76, 4096x5120 16.5
+// and 16.9; with 4 4096x4096 12.95 and 13.3, 4096x3420 11.97 and 13.4; with 6 4096x14336 44.6 and with 2
+// 47.7, with 4 46.5 (H200, 2026-11-30, bf16, x in L2 where it fits). Tried, of no use: rows brought into
+// shared memory by the bulk copy engine, two to four ahead of their warps (4096x14336 46.0,
+// 4096x1280 5.5).
+int chunks_kept(int m, int chunks, Load load) {
+  constexpr int kManyRows = 512, kWide = 1536, kMost = 6;
+  if (chunks > kMost * kMaxThreads) return 0;
+  if (chunks > 4 * kMaxThreads) return kMost;
+  if (m < kManyRows) return chunks <= 256 ? 1 : chunks <= 640 ? 2 : 4;
+  if (chunks >= kWide) return kMost;
+  bool const is_fifth = 5 * whole_warps((chunks + 4) / 5) < 4 * whole_warps((chunks + 3) / 4);
+  return is_fifth && load != Load::k8Bytes ? 5 : 4;
+}
+
 template <class T>
 char const* launch(QuantizeProblem const& p) {
   auto const pitch = static_cast<uint64_t>(p.k) * sizeof(T) | reinterpret_cast<uintptr_t>(p.x);
   int const chunks = (p.k_pad + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
-  // NOTES: few rows want all threads on each, for the latency. Many rows want chunks in flight and
-  // blocks small enough that others load while one waits at its barrier: with two chunks a thread, of
-  // 32 registers, a multiprocessor is full. 4096x14336 takes 49.4 us with two and 70.8 with four (57
-  // registers), 4096x4096 13.7 and 18.6, 4096x1280 4.95 and 5.73. Shifted chunks wait for each other:
-  // 1024x3420 takes 4.24 and 3.90, 4096x3420 12.3 and 12.0 (H200, 2026-11-24, bf16).
-  int kept = p.m < kManyRows ? 1 : pitch % 16 == 0 ? 2 : 4;
-  while (kept <= kMaxKept && kMaxThreads * kept < chunks) kept *= 2;
-  // A row that is read twice is not shifted.
-  Load const load = pitch % 16 == 0                       ? Load::k16Bytes
-                    : pitch % 8 == 0 && kept <= kMaxKept ? Load::k8Bytes
-                                                          : Load::kElements;
-  int const shares = kept <= kMaxKept ? (chunks + kept - 1) / kept : kMaxThreads;
-  int const threads = std::min((shares + 31) / 32 * 32, kMaxThreads);
-  int const rows = std::max(1, 256 / threads);
-  auto* kernel = pick_load<T>(load, kept <= kMaxKept ? kept : 0);
+  Load const load = pitch % 16 == 0  ? Load::k16Bytes
+                    : pitch % 8 == 0 ? Load::k8Bytes
+                                     : Load::kElements;
+  int const kept = chunks_kept(p.m, chunks, load);
+  int const shares = kept > 0 ? (chunks + kept - 1) / kept : kMaxThreads;
+  int const threads = whole_warps(shares);
+  int const rows = std::max(1, 128 / threads);
+  auto* kernel = pick_load<T>(load, kept);
   kernel<<<(p.m + rows - 1) / rows, dim3(threads, rows), 0, p.stream>>>(
       static_cast<T const*>(p.x), p.x_scale, static_cast<uint8_t*>(p.q), p.scale, p.m, p.k,
       p.k_pad, p.classes, p.lets_next_start);
@@ -155,7 +159,7 @@ char const* launch(QuantizeProblem const& p) {
 template <class T>
 cudaError_t load_modules() {
   for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
-    for (int kept : {0, 1, 2, 4, 8}) {
+    for (int kept : {0, 1, 2, 4, 5, 6}) {
       cudaFuncAttributes attributes;
       cudaError_t const status = cudaFuncGetAttributes(
           &attributes, reinterpret_cast<void const*>(pick_load<T>(load, kept)));

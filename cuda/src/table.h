@@ -35,9 +35,10 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in geometric
 // mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24 fast 256x128
 // 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
-// 64x64x256 of two; promoted clusters of 128x128, and promoted Pingpong 128x128 (3000 to
-// 6000x3424x1280 take 5 to 7 % more without it). How many clusters of eight run at once is another
-// number on every chip.
+// 64x64x256 of two; promoted clusters of 128x128; on 2026-11-30, beside the present ones at 14 large
+// shapes, fast 256x128 and 128x256 in clusters of two and Pingpong 128x128 2x1. Promoted Pingpong
+// 128x128 is for 3424x1280 alone: 3000 to 8192 rows take 1 to 9 % less. How many clusters of eight run
+// at once is another number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                  k_tile  tile   launch
@@ -66,6 +67,7 @@ inline constexpr Row kTable[] = {
     {Kernel::promoted_swap_pp_64x64x128_1x1,   0.171, 0.199, 1.107},
     {Kernel::promoted_swap_pp_64x128x128_1x1,  0.249, 0.233, 1.791},
     {Kernel::promoted_pp_64x32x128_1x4,        0.090, 0.230, 2.108},
+    {Kernel::promoted_pp_128x128x128_1x1,      0.460, 0.463, 1.704},
     {Kernel::promoted_coop_128x80x128_1x2,     0.289, 1.408, 0.753},
     {Kernel::promoted_coop_128x128x128_1x1,    0.393, 1.351, 1.252},
     {Kernel::promoted_coop_128x160x128_2x1,    0.490, 1.790, 0.950},

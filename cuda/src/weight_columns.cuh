@@ -88,7 +88,7 @@ struct Tiles {
         int const at = tile * kTile + row + i;
         chunks[i] = Chunk<T>{};
         if (at < k) {
-          chunks[i] = load_chunk<T, kLoad>(w + static_cast<int64_t>(at) * n, column, n, false);
+          chunks[i] = load_chunk<T, kLoad>(w + static_cast<int64_t>(at) * n, column, n);
         }
       }
     }

@@ -38,17 +38,15 @@ __global__ void __launch_bounds__(kThreadsOfRow) weight_rows(__grid_constant__ W
   auto* to = static_cast<uint8_t*>(p.q[which]) + padded * p.k_pad;
   if (n >= p.n) {
     for (int at = start; at < p.k_pad; at += step) {
-      store_chunk<false>(Chunk<T>{}, 0.f, kSize, to + at);
+      *reinterpret_cast<Codes<T>*>(to + at) = {};
     }
     if (threadIdx.x == 0) p.scale[which][padded] = 1.f;
     return;
   }
   T const* row = static_cast<T const*>(p.w[which]) + logical * p.k;
-  bool const shifted = kLoad == Load::k8Bytes && reinterpret_cast<uintptr_t>(row) % 16 != 0;
-  auto const load = [&](int base) {  // by all lanes of a warp: `shift` passes halves along
-    Chunk<T> const chunk = load_chunk<T, kLoad>(row, base + start, p.k, shifted);
-    return shifted ? shift(chunk, row, base + start, p.k) : chunk;
-  };
+  bool const shifted = is_shifted<T, kLoad>(row);
+  int const first = start - (shifted ? kSize / 2 : 0);
+  auto const load = [&](int base) { return load_chunk<T, kLoad>(row, base + first, p.k); };
   float const scale =
       p.given != nullptr ? p.given[in_all] : scale_of_amax(row_amax<T>(p.k_pad, load));
   if (threadIdx.x == 0) *(p.measured ? p.measured + in_all : p.scale[which] + padded) = scale;
@@ -56,9 +54,7 @@ __global__ void __launch_bounds__(kThreadsOfRow) weight_rows(__grid_constant__ W
   float const reciprocal = __fdiv_rn(1.f, scale);
 #pragma unroll 4
   for (int base = 0; base < p.k_pad; base += step) {
-    Chunk<T> const chunk = load(base);
-    int const at = base + start;
-    if (at < p.k_pad) store_chunk<false>(chunk, reciprocal, p.k - at, to + at);
+    store_chunk<false>(load(base), reciprocal, base + first, p.k, p.k_pad, shifted, to);
   }
 }
 
