@@ -26,8 +26,8 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // were searched from several fits, changed at random. The best kernel's time / the chosen one's is
 // 0.996 in geometric mean and 0.930 at worst (300x1280x3424), promoted 0.997 and 0.927
 // (64x2304x768); with the fit alone 0.991 and 0.819, 0.994 and 0.921. At 44 other shapes 0.992 and
-// 0.910 (350x3424x1280), promoted 0.998 and 0.974. Times of promoted kernels from M = 512 on are of
-// another H200, 2026-11-30, when Pingpong 128x128 came.
+// 0.910 (350x3424x1280), promoted 0.998 and 0.974. The promoted times of 3424x1280 from M = 512 on are
+// of another H200, 2026-11-30, when Pingpong 128x128 came.
 //
 // The fastest of the 20 fast kernels takes 0.79 to 1.01 of the time of the fastest of the 11 that
 // were here before: blocks of a cluster load x or the weight once for all of them, and a cluster of
@@ -38,7 +38,7 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
 // 64x64x256 of two; promoted clusters of 128x128; on 2026-11-30, beside the present ones at 14 large
 // shapes, fast 256x128 and 128x256 in clusters of two and Pingpong 128x128 2x1. Promoted Pingpong
-// 128x128 is for 3424x1280 alone: 3000 to 8192 rows take 1 to 9 % less. How many clusters of eight run
+// 128x128 is for 3424x1280 alone: 3000 to 6000 rows take 5 to 8 % less. How many clusters of eight run
 // at once is another number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
