@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "chunk.cuh"
 #include "e4m3.cuh"
@@ -17,7 +18,7 @@ constexpr int kMaxThreads = 1024;
 
 // Block (threads, rows): each row of x has its own `threads`, a multiple of the warp.
 // NOTES: kKept chunks a thread stay in registers; kKept = 0 is for rows beyond 1024 threads of
-// 6 chunks, read twice.
+// 7 chunks, read twice.
 template <class T, Load kLoad, int kKept>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
@@ -37,8 +38,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   Chunk<T> kept[kKept > 0 ? kKept : 1];
   Amax<T> chunk_amax;
   if constexpr (kKept > 0) {
+    if (kLoad == Load::k8Bytes && row_index + 1 < m) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
+      for (int i = 0; i < kKept; ++i) kept[i] = load_aligned(row, start + i * step, k);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) clear_outside(kept[i], start + i * step, k);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
+    }
 #pragma unroll
     for (int i = 0; i < kKept; ++i) chunk_amax.add(kept[i]);
   } else if (x_scale == nullptr) {
@@ -66,9 +74,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (!active) return;
   int place = row_index;
   if (classes.count > 1) {
-    int const rows = (m + classes.count - 1) / classes.count;
-    place = row_index % classes.count * classes.factor % classes.count * rows +
-            row_index / classes.count;
+    // The count is a power of two, as what it divides is (RowClasses::of).
+    int const last = classes.count - 1, shift = __ffs(classes.count) - 1;
+    int const row_class = row_index * classes.factor & last, rows = (m + last) >> shift;
+    place = row_class * rows + (row_index >> shift);
   }
   if (threadIdx.x == 0) scale[place] = row_scale;
 
@@ -99,9 +108,10 @@ QuantizeKernel<T> pick_kept(int kept) {
   switch (kept) {
     case 1: return quantize_rows<T, kLoad, 1>;
     case 2: return quantize_rows<T, kLoad, 2>;
+    case 3: return quantize_rows<T, kLoad, 3>;
     case 4: return quantize_rows<T, kLoad, 4>;
     case 5: return quantize_rows<T, kLoad, 5>;
-    case 6: return quantize_rows<T, kLoad, 6>;
+    case 7: return quantize_rows<T, kLoad, 7>;
     default: return quantize_rows<T, kLoad, 0>;
   }
 }
@@ -120,21 +130,29 @@ int whole_warps(int threads) { return (threads + 31) / 32 * 32; }
 // How many 16-byte chunks of a row each of its threads holds; 0: the row is read twice.
 //
 // NOTES: few rows want threads on each, for the latency, but not all that a block may have: with 256
-// of them 16x4096 takes 1.68 us and with 512 1.78, 256x8192 2.68 and with 1024 3.10. Many rows want
-// chunks in flight, no thread idle and blocks small enough that others load while one waits at its
-// barrier: with 5 a thread, a warp to a row, 4096x1280 takes 3.96 us and with 2 4.76, 4096x5120 16.5
-// and 16.9; with 4 4096x4096 12.95 and 13.3, 4096x3420 11.97 and 13.4; with 6 4096x14336 44.6 and with 2
-// 47.7, with 4 46.5 (H200, 2026-11-30, bf16, x in L2 where it fits). Tried, of no use: rows brought into
-// shared memory by the bulk copy engine, two to four ahead of their warps (4096x14336 46.0,
-// 4096x1280 5.5).
+// of them 16x4096 takes 1.59 us and with 512 1.60, 256x8192 2.68 and with 1024 3.10. Many rows want
+// no thread idle first, then chunks in flight and blocks small enough that others load while one
+// waits at its barrier: with 5 a thread, a warp to a row, 4096x1280 takes 3.46 us, with 4 4.43, with 2
+// 4.23; with 7 1024x14336 10.0 and with 4 11.1; with 4 4096x4096 12.4 and with 5 12.7. Rows read by 8
+// bytes: 1024x3420 3.69 with 2, 3.76 with 7; 4096x3420 10.5 and 9.7. By elements 4096x3422 takes 11.5
+// with 2 and 12.4 with 3 or 5 (H200, 2026-11-30, bf16, x in L2 where it fits). Tried, of no use: rows
+// brought into shared memory by the bulk copy engine, two to four ahead of their warps (4096x14336
+// 46.0, 4096x1280 5.5).
 int chunks_kept(int m, int chunks, Load load) {
-  constexpr int kManyRows = 512, kWide = 1536, kMost = 6;
-  if (chunks > kMost * kMaxThreads) return 0;
-  if (chunks > 4 * kMaxThreads) return kMost;
-  if (m < kManyRows) return chunks <= 256 ? 1 : chunks <= 640 ? 2 : 4;
-  if (chunks >= kWide) return kMost;
-  bool const is_fifth = 5 * whole_warps((chunks + 4) / 5) < 4 * whole_warps((chunks + 3) / 4);
-  return is_fifth && load != Load::k8Bytes ? 5 : 4;
+  constexpr int kManyRows = 512, kVeryMany = 2048, kWide = 1536;
+  auto const threads = [&](int kept) { return whole_warps((chunks + kept - 1) / kept); };
+  auto const least_idle = [&](std::initializer_list<int> by_preference) {
+    int best = 0;
+    for (int kept : by_preference) {
+      if (threads(kept) > kMaxThreads) continue;
+      if (best == 0 || kept * threads(kept) < best * threads(best)) best = kept;
+    }
+    return best;
+  };
+  if (m < kManyRows && chunks <= 4 * kMaxThreads) return chunks <= 256 ? 1 : chunks <= 640 ? 2 : 4;
+  if (load == Load::kElements && chunks <= 2 * kMaxThreads) return 2;
+  if (chunks >= kWide) return least_idle({7, 4, 3, 2, 5});
+  return m < kVeryMany ? least_idle({4, 3, 2, 5, 7}) : least_idle({4, 3, 5, 7, 2});
 }
 
 template <class T>
@@ -159,7 +177,7 @@ char const* launch(QuantizeProblem const& p) {
 template <class T>
 cudaError_t load_modules() {
   for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
-    for (int kept : {0, 1, 2, 4, 5, 6}) {
+    for (int kept : {0, 1, 2, 3, 4, 5, 7}) {
       cudaFuncAttributes attributes;
       cudaError_t const status = cudaFuncGetAttributes(
           &attributes, reinterpret_cast<void const*>(pick_load<T>(load, kept)));
