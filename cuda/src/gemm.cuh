@@ -189,16 +189,12 @@ struct Gemm {
     stores.dC = stores.dD;
 
     auto const readable = with_readable_rows(p, rows, shape);
-    auto const clusters = [](int size, int tile, int cluster) {
-      return (size + tile * cluster - 1) / (tile * cluster);
-    };
     typename Launched::Params params{
         CollectiveMainloop::to_underlying_arguments(readable, loads, nullptr),
         CollectiveEpilogue::to_underlying_arguments(shape, stores, nullptr),
         shape,
-        TileOrder(clusters(cute::get<0>(shape), kSpec.tile_m, kSpec.cluster_m),
-                  clusters(cute::get<1>(shape), kSpec.tile_n, kSpec.cluster_n), p.classes.count,
-                  kSpec.cluster_m, kSpec.cluster_n),
+        TileOrder(cute::get<0>(shape), cute::get<1>(shape), p.k, p.classes.count, kSpec.tile_m,
+                  kSpec.tile_n, kSpec.cluster_m, kSpec.cluster_n),
         {}};
     params.prefetch = Prefetch(p, Launched::blocks(params, p.sm_count));
     if (direct.out != nullptr) {
