@@ -83,8 +83,9 @@ __device__ Chunk<T> load_chunk(T const* row, int start, int k) {
 // of them are the neighbour's, until `clear_outside`. To be called for all chunks first, as it looks
 // at them.
 //
-// NOTES: 4096x3420 takes 9.8 us; with the row's ends loaded apart 10.2, and 11.1 by predicated loads into
-// the same registers, which wait for one another (4096x3424: 8.8; H200, 2026-11-30).
+// NOTES: with 4 chunks a thread 4096x3420 takes 10.0 us; with the row's ends loaded apart 10.2, and 11.1
+// by predicated loads into the same registers, which wait for one another (4096x3424: 8.8; H200,
+// 2026-11-30).
 template <class T>
 __device__ Chunk<T> load_aligned(T const* row, int start, int k) {
   Chunk<T> chunk;
