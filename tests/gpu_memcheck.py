@@ -26,8 +26,8 @@ RNG = np.random.default_rng(0)
 # any kernel. The types of results take them in turn, and e4m3 has whole rows of 16: the last.
 SCALED = [(1, 16, 16), (67, 208, 144), (33, 45, 80), (131, 272, 144)]
 # The first is stored by classes of rows, of unequal numbers, by every kernel that is not swapped
-# (`row_classes` in cuda/src/gemm.h wants N > 256 for the widest, and that the tallest waste few
-# tiles); the others by threads, 8 bytes at a time or less, but e4m3.
+# (`row_classes` in cuda/src/gemm.h wants N > 256 for the widest, and for the tallest 8 classes of
+# that many rows); the others by threads, 8 bytes at a time or less, but e4m3.
 DENSE = [
     (1793, 261, 50, np.float32),
     (3, 44, 33, ml_dtypes.bfloat16),
