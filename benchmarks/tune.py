@@ -14,7 +14,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import _report, _search, _table
+from benchmarks._cost import WEIGHT_POWER, Cost, Times
 from benchmarks._timing import mean_and_worst
 from benchmarks.shapes import Gemm
 
@@ -30,21 +30,9 @@ from benchmarks.shapes import Gemm
 WORTH = 1.02
 # A row with fewer shapes than this keeps its constants.
 LEAST_SHAPES = 6
-# Deviations are minimized in logarithms, those above 5 % less than quadratically. Where a kernel
-# is far from the best, how far matters little: it weighs (best / its time)^3.
-SOFT, WEIGHT_POWER = 0.05, 3
+# Deviations are minimized in logarithms, those above 5 % less than quadratically.
+SOFT = 0.05
 START = (0.2, 1.0, 2.0)
-# What a choice costs: the logarithm of its time / the best one's, and more from 5 % on.
-TOLERABLE, BEYOND = 0.05, 8
-# Beside what the choices cost counts a little how far the times are off, lest the search explain
-# the fitted shapes alone: of four searches with it the choices at 44 other shapes were worth 0.994,
-# 0.992, 0.990 and 0.983, of two without it 0.988 and 0.984 (2026-11-24).
-EXPLAINED = 0.05
-# Of a kernel that was not timed there, as `_between.is_worth_timing` found it hopeless.
-UNTIMED = math.log(1.48)
-
-# Microseconds by shape and kernel.
-Times = Mapping[Gemm, Mapping[str, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +64,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     rows = [fit(row, table.memory, times) for row in table.rows]
     fitted = table.with_rows([_table.Row(row["kernel"], *row["fitted"]) for row in rows])
-    searched = _search.refine(
-        fitted, lambda candidate: loss(candidate, times), memory=not options.only
-    )
+    searched = _search.refine(fitted, Cost(times).loss, memory=not options.only)
     for row, found in zip(rows, searched.rows, strict=True):
         row["searched"] = (found.k_tile, found.tile, found.launch)
     choices = {
@@ -158,29 +144,6 @@ def quality(table: _table.Table, times: Times) -> dict[str, dict[str, Any]]:
             found.setdefault(kind, []).append((str(shape), ratio))
     untimed = collections.Counter(kind for _, kind, pick, _, _ in compared if pick is None)
     return {kind: mean_and_worst(r) | {"untimed": untimed[kind]} for kind, r in found.items()}
-
-
-def cost(table: _table.Table, times: Times) -> float:
-    """What the choices of a table lose, over all shapes."""
-    compared = _compared(table, times)
-    losses = [UNTIMED if pick is None else -math.log(ratio) for _, _, pick, _, ratio in compared]
-    return sum(loss + BEYOND * max(0.0, loss - TOLERABLE) for loss in losses)
-
-
-def loss(table: _table.Table, times: Times) -> float:
-    """What the search makes less: the cost, and a little of the squared deviations, as in `fit`."""
-    unexplained = (_unexplained(row, table.memory, times) for row in table.rows)
-    return cost(table, times) + EXPLAINED * sum(unexplained)
-
-
-def _unexplained(row: _table.Row, memory: _table.Memory, times: Times) -> float:
-    found = 0.0
-    for shape, named in times.items():
-        if row.kernel in named:
-            taken = named[row.kernel]
-            weight = (_best(named, row.kind)[1] / taken) ** WEIGHT_POWER
-            found += (weight * math.log(_table.expected_time(row, memory, shape) / taken)) ** 2
-    return found
 
 
 def faster_kernels(table: _table.Table, times: Times) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from table_cases import LARGE, MIDDLE, SMALL, measured, table_file
 
-from benchmarks import _search, _table, tune
+from benchmarks import _cost, _search, _table, tune
 from benchmarks.__main__ import main
 from benchmarks.shapes import Gemm
 
@@ -71,12 +71,13 @@ def test_a_search_mends_a_choice(table):
     present = _table.read(table).with_rows(rows)
     times = {Gemm(m, 4096, 4096): {MIDDLE: 11.0, other: 10.0} for m in (512, 1024, 2048)}
     assert {present.chosen(shape, "fast") for shape in times} == {MIDDLE}
-    found = _search.refine(present, lambda candidate: tune.cost(candidate, times))
+    cost = _cost.Cost(times)
+    found = _search.refine(present, cost.of_choices)
     assert {found.chosen(shape, "fast") for shape in times} == {other}
-    assert tune.cost(found, times) == 0 < tune.cost(present, times)
+    assert cost.of_choices(found) == 0 < cost.of_choices(present)
     assert found == _search.rounded(found)
     # Nothing is changed where nothing is gained.
-    assert _search.refine(found, lambda candidate: tune.cost(candidate, times)) == found
+    assert _search.refine(found, cost.of_choices) == found
 
 
 def test_of_choices_that_cost_the_same_the_one_that_explains_the_times_is_better(table):
@@ -86,6 +87,7 @@ def test_of_choices_that_cost_the_same_the_one_that_explains_the_times_is_better
         next(r for r in read.rows if r.kernel == MIDDLE), read.memory, shape
     )
     times = {shape: {MIDDLE: taken, SMALL: 2 * taken}}
+    cost = _cost.Cost(times)
     wrong = read.with_rows(
         [
             dataclasses.replace(row, k_tile=2 * row.k_tile)
@@ -94,22 +96,22 @@ def test_of_choices_that_cost_the_same_the_one_that_explains_the_times_is_better
         ]
     )
     right = read.with_rows([row for row in read.rows if row.kernel == MIDDLE])
-    assert tune.cost(right, times) == tune.cost(wrong, times) == tune.loss(right, times) == 0
-    assert tune.loss(wrong, times) > tune.EXPLAINED * 0.3  # 0.69^2, were it all of the time
+    assert cost.of_choices(right) == cost.of_choices(wrong) == cost.loss(right) == 0
+    assert cost.loss(wrong) > _cost.EXPLAINED * 0.3  # 0.69^2, were it all of the time
     # A kernel that takes twice the best one's time weighs an eighth, and so its square a 64th.
     off = _table.expected_time(read.rows[0], read.memory, shape) / (2 * taken)
-    expected = tune.EXPLAINED * (math.log(off) / 8) ** 2
-    assert tune.loss(read, times) - tune.cost(read, times) == pytest.approx(expected)
+    expected = _cost.EXPLAINED * (math.log(off) / 8) ** 2
+    assert cost.loss(read) - cost.of_choices(read) == pytest.approx(expected)
 
 
 def test_a_kernel_that_was_not_timed_is_no_good_choice(table):
     shape = Gemm(16, 4096, 4096)
-    times = {shape: {MIDDLE: 10.0, LARGE: 10.1}}
+    cost = _cost.Cost({shape: {MIDDLE: 10.0, LARGE: 10.1}})
     present = _table.read(table)
     assert present.chosen(shape, "fast") == SMALL
-    assert tune.cost(present, times) > 0.3
+    assert cost.of_choices(present) > 0.3
     timed = present.with_rows([row for row in present.rows if row.kernel != SMALL])
-    assert tune.cost(timed, times) < 0.1
+    assert cost.of_choices(timed) < 0.1
 
 
 def test_shapes_held_out_are_not_fitted_to(table, files, tmp_path):

@@ -50,12 +50,15 @@ struct GemmProblem {
   cudaStream_t stream;
 };
 
+// Rows that a class within 32 bytes has at least.
+inline constexpr int kRowsOfASectorClass = 512;
+
 // The classes a result's rows are best stored in: one where TMA can address its rows, or where
 // several would need more tiles. Rows of a class start at the same place within 32 bytes if 8 classes
-// are enough for that, of 512 rows each, else within the 16 that TMA wants: stores of whole sectors are
-// faster (direct_store.cuh), but a class has a tile at its edge that is slower: 3420 features for 2048
-// rows take 23.3 us in four classes and 23.6 in two, for 1024 13.3 and 13.1 (128x128, gelu, K = 1280;
-// H200, 2026-11-30).
+// are enough for that and each has enough rows, else within the 16 that TMA wants: stores of whole
+// sectors are faster (direct_store.cuh), but a class has a tile at its edge that is slower: 3420
+// features for 2048 rows take 23.3 us in four classes and 23.6 in two, for 1024 13.3 and 13.1 (128x128,
+// gelu, K = 1280; H200, 2026-11-30).
 inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {
   KernelSpec const& spec = spec_of(kernel);
   int const span = spec.tile_m * spec.cluster_m;
@@ -65,7 +68,7 @@ inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) 
   for (int bytes : {32, 16}) {
     RowClasses const classes = RowClasses::of(out_pitch, bytes / bytes_of(out));
     bool const cheap = 8 * classes.count * clusters(classes.rows(m)) <= 9 * clusters(m);
-    bool const has_rows = classes.rows(m) >= (bytes == 32 ? 512 : 1);
+    bool const has_rows = classes.rows(m) >= (bytes == 32 ? kRowsOfASectorClass : 1);
     if (classes.count <= kMaxClasses && m >= classes.count && has_rows && cheap) return classes;
   }
   return {};

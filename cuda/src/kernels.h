@@ -1,5 +1,5 @@
-// The compiled kernels. A line here is one translation unit (CMake reads the names), for every
-// output type. Which of them runs is decided in table.h.
+// The compiled kernels, each for every output type (CMake reads the names). Which of them runs is
+// decided in table.h.
 #pragma once
 
 namespace jaxfp8 {

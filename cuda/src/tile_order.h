@@ -33,7 +33,7 @@ struct TileOrder {
   cutlass::FastDivmod a_batch, a_group, a_row;
 
   TileOrder() = default;
-  // A product of `shape` elements, in clusters of so many tiles each.
+  // A product of m x n x k, in clusters of so many tiles each.
   TileOrder(int m, int n, int k, int batches, int tile_m, int tile_n, int cluster_m, int cluster_n) {
     auto const parts = [](int size, int part) { return (size + part - 1) / part; };
     int const m_clusters = parts(m, tile_m * cluster_m), n_clusters = parts(n, tile_n * cluster_n);
