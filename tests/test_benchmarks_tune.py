@@ -80,6 +80,37 @@ def test_a_search_mends_a_choice(table):
     assert _search.refine(found, cost.of_choices) == found
 
 
+def test_a_cost_is_that_of_every_shapes_choice(table):
+    """As `Table.chosen` has it, also of a table changed in one row or in its memory."""
+    read = _table.read(table)
+    sizes = itertools.product((1, 16, 300, 4096), ((1280, 3424), (4096, 14336), (28672, 4096)))
+    shapes = [Gemm(m, n, k) for m, (n, k) in sizes]
+    times = {
+        shape: {
+            row.kernel: (5 + (3 * index + 7 * place) % 11) * 1.0
+            for place, row in enumerate(read.rows)
+            if (index + place) % 5  # not all were timed
+        }
+        for index, shape in enumerate(shapes)
+    }
+    cost = _cost.Cost(times)
+    slower = dataclasses.replace(read.rows[0], k_tile=3 * read.rows[0].k_tile)
+    memory = dataclasses.replace(read.memory, multiprocessors=20)
+    changed = (read.with_rows([slower, *read.rows[1:]]), dataclasses.replace(read, memory=memory))
+    found = []
+    for candidate in (read, *changed, read):
+        expected = 0.0
+        for shape, named in times.items():
+            for kind in {name.split("_")[0] for name in named}:
+                least = min(t for name, t in named.items() if name.startswith(kind))
+                taken = named.get(candidate.chosen(shape, kind), math.nan)
+                loss = _cost.UNTIMED if math.isnan(taken) else math.log(taken / least)
+                expected += loss + _cost.BEYOND * max(0, loss - _cost.TOLERABLE)
+        found.append(cost.of_choices(candidate))
+        assert found[-1] == pytest.approx(expected)
+    assert found[0] == found[3] and len(set(found)) == 3
+
+
 def test_of_choices_that_cost_the_same_the_one_that_explains_the_times_is_better(table):
     read = _table.read(table)
     shape = Gemm(512, 4096, 4096)
