@@ -64,7 +64,7 @@ class Cost:
         return found
 
     def loss(self, table: _table.Table) -> float:
-        """What a search makes less: that, and a little of the squared deviations, as in `tune.fit`."""
+        """What a search makes less: that, and a little of `tune.fit`'s squared deviations."""
         unexplained = 0.0
         for row in table.rows:
             taken = self._of_kernel(row.kernel)
