@@ -44,7 +44,7 @@ COMPUTE_CAPABILITY = "9.0"
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
 FROM_TABLE = np.int32(-1)
 # TMA addresses rows that begin at multiples of 16 bytes. Others are stored by classes of rows, up
-# to 8 of them (`cuda/src/direct_store.cuh`).
+# to 8 of them (`cuda/src/store.cuh`).
 TMA_BYTES = 16
 # The most rows of x that a kernel of `cuda/src/kernels.h` takes at a time: what lies beyond M is
 # slower to leave out than to read (`with_readable_rows` in `cuda/src/gemm.cuh`).

@@ -1,4 +1,4 @@
-// A CUTLASS mainloop whose tiles begin earlier for some classes of rows (direct_store.cuh).
+// A CUTLASS mainloop whose tiles begin earlier for some classes of rows (store.cuh).
 #pragma once
 
 #include "cute/tensor.hpp"

@@ -1,250 +1,223 @@
 // The epilogue: out = activation(lhs_scale * (rhs_scale * acc) + bias), in float32, rounded once.
 #pragma once
 
-#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
-#include "direct_store.cuh"
 #include "elementwise.cuh"
 #include "gemm.h"
+#include "staging.cuh"
+#include "store.cuh"
 
 namespace jaxfp8 {
 
-// The root of CUTLASS's epilogue tree, over the accumulator alone: all arithmetic is here, a
-// subtile at a time.
-// NOTES: CUTLASS's broadcast nodes read their vectors one after another, each waiting for memory
-// while the GEMM is already done. Here the three are asked for together, before the GEMM begins
-// (kernel.cuh). With CUTLASS's nodes a 512x4096x256 GEMM took 5.0 us without an epilogue and 6.0
-// (swapped 6.5) with it (H200, 2026-11-22).
-template <class Tile, class Element, Operands kOperands, int kTeams>
-struct Finish : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+// What a warpgroup does with its sums of a tile: piece by piece, of 64 rows each, they are scaled,
+// rounded, staged in shared memory and sent. Each warpgroup has memory of its own here, and none
+// waits for another.
+//
+// NOTES: CUTLASS's epilogue reads its vectors one after another, each waiting for memory while the
+// GEMM is already done. Here they are asked for together, before the GEMM begins (fetch). With
+// CUTLASS's nodes a 512x4096x256 GEMM took 5.0 us without an epilogue and 6.0 (swapped 6.5) with it
+// (H200, 2026-11-22). With CUTLASS's store around them, Cooperative warpgroups met twice for each
+// part of a tile and Pingpong ones waited until TMA had read the other's: promoted 256x128 takes
+// 0.98 to 0.99 of its time so, Pingpong 128x128 at K = 1280 0.96 to 1.01, with gelu 0.93 to 0.96
+// (in turn, H200, 2026-11-30, as the next figures).
+// Tried, of no use: what a warp has staged sent by itself, without a barrier (Pingpong 128x128 with
+// 4096x3424x1280 1.03 of the time); vectors staged before the MMAs (1.04).
+template <class Tile, class Element, Operands kOperands, Schedule kSchedule>
+struct Epilogue {
   static constexpr bool kSwapped = kOperands == Operands::kSwapped;
-  // Swapped, the features run along the rows of the tile and the tokens along its columns.
-  static constexpr int kTokens = cute::size<kSwapped ? 1 : 0>(Tile{});
-  static constexpr int kFeatures = cute::size<kSwapped ? 0 : 1>(Tile{});
+  static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
+  static constexpr int kGroups = 2;                              // warpgroups of a kernel
+  static constexpr int kTogether = kPingpong ? 1 : kGroups;      // of a tile
+  static constexpr int kThreads = 128;                           // of a warpgroup
+  static constexpr int kColumns = cute::size<1>(Tile{});
+  static constexpr int kBlocks = cute::size<0>(Tile{}) / (64 * kTogether);
 
-  struct Vectors {
-    alignas(16) float lhs_scale[kTokens];
-    alignas(16) float rhs_scale[kFeatures];
-    alignas(16) float bias[kFeatures];
-  };
-  struct SharedStorage {
-    Vectors of_team[kTeams];
+  // Into how many pieces 64 rows are cut.
+  //
+  // NOTES: each costs a meeting and a fence. Cooperative 128x128 takes 1.02 of its time in pieces of
+  // 64 columns, Pingpong 128x128 with 4096x3424x1280 1.05. But of 160 columns two Pingpong
+  // warpgroups' pieces would take a stage from the loads.
+  static constexpr int kParts = [] {
+    int const row = kColumns * static_cast<int>(sizeof(Element));
+    int const most = kPingpong && kBlocks > 1 ? 256 : 384;  // bytes of a row
+    int parts = 1;
+    while (row > parts * most || kColumns % (8 * parts) != 0) ++parts;
+    return parts;
+  }();
+  static constexpr int kPieceColumns = kColumns / kParts;
+  static constexpr int kPieces = kBlocks * kParts;
+  using Staged = Staging<Element, kSwapped, kPieceColumns>;
+
+  // NOTES: promoted 256x128 has a stage more with one, and takes 0.99 of the time so. Pingpong
+  // warpgroups finish beside MMAs that take no longer where K is small: they should not wait for TMA.
+  static constexpr int kBuffers = kPingpong ? std::min(kPieces, 2) : 1;
+
+  // Vectors along a tile's rows are in registers, those along its columns in shared memory: two
+  // neighbours of each, as a thread wants them.
+  static constexpr int kRowVectors = kSwapped ? 2 : 1, kColumnVectors = 3 - kRowVectors;
+
+  struct Storage {
+    char staged[kGroups][kBuffers][Staged::kBytes];
+    alignas(16) float columns[kGroups][kColumns / 2][kColumnVectors][2];
   };
 
-  struct Arguments {
+  struct Params {
     float const* lhs_scale = nullptr;  // [tokens] if per_token, [classes, tokens] with classes
     float const* rhs_scale = nullptr;  // [features] if per_channel
     float const* bias = nullptr;       // [bias_features], or null
     bool per_token = false, per_channel = false;
-    int features = 0, bias_features = 0;
+    int bias_features = 0;
     Activation activation = Activation::kNone;
     bool float16 = false;              // of 16 bits: float16, not bfloat16
     float const* out_scale = nullptr;  // one value, for e4m3
-    DirectStoreArguments<Element> direct;
+    Destination<Element> to;
   };
-  using Params = Arguments;
 
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args,
-                                                  void*) {
-    return args;
-  }
+  // Two, behind those of the kernel.
+  static constexpr uint32_t kBarrier = 3;
 
-  CUTLASS_HOST_DEVICE Finish() {}
-  CUTLASS_HOST_DEVICE Finish(Params const& params, SharedStorage const& shared)
-      : params(&params), shared(const_cast<SharedStorage*>(&shared)) {}
+  Params const& params;
+  Storage& shared;
+  int group;   // of the two warpgroups
+  int thread;  // of the warpgroup
 
-  Params const* params = nullptr;
-  SharedStorage* shared = nullptr;
+  CUTLASS_DEVICE void meet() const { cutlass::arch::NamedBarrier::sync(kThreads, kBarrier + group); }
 
-  // By a warp, before they are wanted: a class's descriptor would be waited for behind CUTLASS's own.
+  // By a warp, before they are wanted.
   static CUTLASS_DEVICE void prefetch_descriptors(Params const& params) {
     int const row_class = threadIdx.x % 32;
-    if (params.direct.classes > 1 && row_class < params.direct.classes) {
-      cute::prefetch_tma_descriptor(&params.direct.tensor[row_class]);
+    if (params.to.by_tma && row_class < params.to.classes) {
+      cute::prefetch_tma_descriptor(&params.to.tensor[row_class]);
     }
   }
 
-  // Where a tile of the result, or of a class of its rows, begins, and how many tokens that has.
+  // Where a tile of the result, or of a class of its rows, begins. The feature may be negative.
   struct Place {
-    int tokens, token, feature, row_class;  // the feature may be negative
+    int token, feature, row_class;
   };
 
-  template <class ProblemShape, class Coordinates>
-  CUTLASS_DEVICE Place place(ProblemShape const& shape, Coordinates const& coordinates) const {
-    auto const [M, N, K, L] = shape;
+  template <class Coordinates>
+  CUTLASS_DEVICE Place place(Coordinates const& coordinates) const {
     auto const [m, n, k, l] = coordinates;
-    int const row = m * cute::size<0>(Tile{}), column = n * cute::size<1>(Tile{});
-    return {kSwapped ? N : M, kSwapped ? column : row,
-            (kSwapped ? row : column) - l * params->direct.step, l};
+    int const row = m * cute::size<0>(Tile{}), column = n * kColumns;
+    return {kSwapped ? column : row, (kSwapped ? row : column) - l * params.to.step, l};
   }
 
-  // One thread's share of a tile's vectors, on its way.
-  template <int kThreads>
+  // A thread's vectors of its rows, and its share of those of the columns, on their way.
   struct Fetched {
-    static constexpr int kTokenTurns = (kTokens + kThreads - 1) / kThreads;
-    static constexpr int kFeatureTurns = (kFeatures + kThreads - 1) / kThreads;
-    float lhs_scale[kTokenTurns], rhs_scale[kFeatureTurns], bias[kFeatureTurns];
+    static constexpr int kTurns = (kColumns + kThreads - 1) / kThreads;
+    float rows[kBlocks][2][kRowVectors];
+    float columns[kTurns][kColumnVectors];
   };
 
-  template <int kThreads, class ProblemShape, class Coordinates>
-  CUTLASS_DEVICE Fetched<kThreads> fetch(ProblemShape const& shape, Coordinates const& coordinates,
-                                         int thread) const {
-    Place const at = place(shape, coordinates);
-    Fetched<kThreads> fetched;
+  CUTLASS_DEVICE Fetched fetch(Place const& at) const {
+    Fetched fetched;
+    auto const of_token = [&](int t, float* to) {
+      int const place_of_t = params.per_token ? at.row_class * params.to.tokens + t : 0;
+      to[0] = t < params.to.tokens ? params.lhs_scale[place_of_t] : 0.f;
+    };
+    auto const of_feature = [&](int f, float* to) {
+      bool const inside = f >= 0 && f < params.to.features;
+      to[0] = inside ? params.rhs_scale[params.per_channel ? f : 0] : 0.f;
+      to[1] = f >= 0 && f < params.bias_features ? params.bias[f] : 0.f;
+    };
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < fetched.kFeatureTurns; ++i) {
-      int const f = at.feature + thread + i * kThreads;
-      bool const inside = f >= 0 && f < params->features;
-      fetched.rhs_scale[i] = inside ? params->rhs_scale[params->per_channel ? f : 0] : 0.f;
-      fetched.bias[i] = f >= 0 && f < params->bias_features ? params->bias[f] : 0.f;
+    for (int i = 0; i < fetched.kTurns; ++i) {
+      int const column = thread + i * kThreads;
+      if constexpr (kSwapped) {
+        of_token(at.token + column, fetched.columns[i]);
+      } else {
+        of_feature(at.feature + column, fetched.columns[i]);
+      }
     }
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < fetched.kTokenTurns; ++i) {
-      int const t = at.token + thread + i * kThreads;
-      int const place_of_t = params->per_token ? at.row_class * at.tokens + t : 0;
-      fetched.lhs_scale[i] = t < at.tokens ? params->lhs_scale[place_of_t] : 0.f;
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      int const row = first_row(i / 2) + thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
+      if constexpr (kSwapped) {
+        of_feature(at.feature + row, fetched.rows[i / 2][i % 2]);
+      } else {
+        of_token(at.token + row, fetched.rows[i / 2][i % 2]);
+      }
     }
     return fetched;
   }
 
-  // Puts them where the tile's whole team reads them, once it has met (begin_sync_needed).
-  template <int kThreads>
-  CUTLASS_DEVICE void stage(Fetched<kThreads> const& fetched, int team, int thread) const {
-    Vectors& to = shared->of_team[team];
+  // Of the tile, where a block of this warpgroup's begins.
+  CUTLASS_DEVICE int first_row(int block) const {
+    return kPingpong ? block * 64 : (block * kTogether + group) * 64;
+  }
+
+  // Puts the columns' vectors where the warpgroup reads them.
+  CUTLASS_DEVICE void stage(Fetched const& fetched) const {
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < fetched.kFeatureTurns; ++i) {
-      int const f = thread + i * kThreads;
-      if (f < kFeatures) to.rhs_scale[f] = fetched.rhs_scale[i], to.bias[f] = fetched.bias[i];
+    for (int i = 0; i < fetched.kTurns; ++i) {
+      int const column = thread + i * kThreads;
+      CUTLASS_PRAGMA_UNROLL
+      for (int v = 0; v < kColumnVectors; ++v) {
+        if (column < kColumns) {
+          shared.columns[group][column / 2][v][column % 2] = fetched.columns[i][v];
+        }
+      }
     }
+    wait_until_read<0>();
+    meet();
+  }
+
+  // The memory that was sent last but `kLeft` times may be written: for the thread that sent it.
+  template <int kLeft>
+  CUTLASS_DEVICE void wait_until_read() const {
+    if (thread == 0) cute::tma_store_wait<kLeft>();
+  }
+
+  template <class Sums>
+  CUTLASS_DEVICE void store(Sums const& sums, Fetched const& fetched, Place const& at) const {
+    static_assert(decltype(cute::size<1>(sums))::value == kBlocks &&
+                  decltype(cute::size<2>(sums))::value == 1);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < fetched.kTokenTurns; ++i) {
-      int const t = thread + i * kThreads;
-      if (t < kTokens) to.lhs_scale[t] = fetched.lhs_scale[i];
+    for (int piece = 0; piece < kPieces; ++piece) {
+      int const block = piece / kParts, column = piece % kParts * kPieceColumns;
+      auto const results = finished(sums, fetched, block, column);
+      if (piece >= kBuffers) {
+        wait_until_read<kBuffers - 1>();
+        meet();
+      }
+      char* const staged = shared.staged[group][piece % kBuffers];
+      Staged::put(staged, results, thread);
+      cute::tma_store_fence();
+      meet();
+      int const row = first_row(block);
+      Store<Element, Staged>{params.to, staged, at.token + (kSwapped ? column : row),
+                             at.feature + (kSwapped ? row : column), at.row_class, thread}();
+      if (thread == 0) cute::tma_store_arrive();
     }
   }
 
-  template <class EpilogueTile, int kThreads, class PerToken, class PerFeature>
-  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(Params const& params, PerToken lhs_scale, PerFeature rhs_scale,
-                             PerFeature bias, Place at, int thread)
-        : params(params), lhs_scale(lhs_scale), rhs_scale(rhs_scale), bias(bias), at(at),
-          thread(thread) {}
-
-    Params const& params;
-    PerToken lhs_scale;  // this thread's share of the vectors in shared memory
-    PerFeature rhs_scale, bias;
-    Place at;
-    int thread;
-    Element* staged = nullptr;
-
-    CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
-
-    template <class Accumulator, int kSize>
-    CUTLASS_DEVICE auto visit(cutlass::Array<Accumulator, kSize> const&, int, int, int,
-                              cutlass::Array<Accumulator, kSize> const& values) {
-      return values;
-    }
-
-    // Called with all values of a subtile before it is staged, and the buffer it will be in.
-    template <class Buffer, class Sync, class Fragments>
-    CUTLASS_DEVICE void reduce(Buffer&& buffer, Sync const&, int epi_m, int epi_n, bool,
-                               Fragments& fragments) {
-      staged = cute::raw_pointer_cast(buffer.data());
-      auto const mine = [&](auto const& vector) {
-        auto const from = vector(cute::_, cute::_, cute::_, epi_m, epi_n);
-        auto values = cute::make_tensor_like<float>(from);
-        cute::copy(cute::filter_zeros(from), cute::filter_zeros(values));
-        return values;
-      };
-      auto const l = mine(lhs_scale);
-      auto const r = mine(rhs_scale);
-      auto const b = mine(bias);
-      auto z = cute::make_tensor(reinterpret_cast<float*>(fragments.data()),
-                                 cute::make_layout(cute::size(l)));
-      CUTE_STATIC_ASSERT_V(cute::size(l) == cute::size(b));
-      static_assert(sizeof(typename Fragments::value_type) *
-                        cute::size(typename Fragments::layout_type{}) ==
-                    sizeof(float) * cute::size(typename decltype(l)::layout_type{}));
+  // A piece's results, as they are staged.
+  template <class Sums>
+  CUTLASS_DEVICE auto finished(Sums const& sums, Fetched const& fetched, int block,
+                               int column) const {
+    cutlass::Array<float, kPieceColumns / 2> z;
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < kPieceColumns / 8; ++j) {
+      using Pairs = cutlass::AlignedArray<float, 2 * kColumnVectors>;
+      auto const along =
+          reinterpret_cast<Pairs const&>(shared.columns[group][column / 2 + j * 4 + thread % 4]);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < cute::size(z); ++i) z(i) = fmaf(l(i), r(i) * z(i), b(i));
-      activate(z, params.activation);
-      if constexpr (sizeof(Element) == 2) round_to_16_bits(z, params.float16);
+      for (int i = 0; i < 4; ++i) {
+        float const* const row = fetched.rows[block][i / 2];
+        float const sum = sums(column / 2 + j * 4 + i, block, 0);
+        z[j * 4 + i] = kSwapped ? fmaf(along[i % 2], row[0] * sum, row[kRowVectors - 1])
+                                : fmaf(row[0], along[i % 2] * sum,
+                                       along[2 * (kColumnVectors - 1) + i % 2]);
+      }
+    }
+    activate(z, params.activation);
+    if constexpr (sizeof(Element) == 2) {
+      return rounded_to_16_bits(z, params.float16);
+    } else {
       // Not __ldg: with dependent launch the kernel before may have written it after this one began.
       if constexpr (sizeof(Element) == 1) divide(z, *params.out_scale);
+      return z;
     }
-
-    // CUTLASS's own store, of a tensor of one element, writes 16 bytes (what TMA clips, it clips to
-    // that): more than a row so narrow has. It must have happened before the next rows are written.
-    CUTLASS_DEVICE void wait_for_the_one_element(bool issues_tma) {
-      if (issues_tma) {
-        asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
-      }
-      cutlass::arch::NamedBarrier::sync(kThreads,
-                                        cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
-    }
-
-    // Called when the subtile is staged and all threads have seen it; they meet again before the
-    // buffer is reused.
-    CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int, bool issues_tma) {
-      if constexpr (sizeof(Element) > 1) {  // rows of e4m3 are padded
-        if (params.direct.out != nullptr) store_directly(epi_m, epi_n, issues_tma);
-      }
-    }
-
-    CUTLASS_DEVICE void store_directly(int epi_m, int epi_n, bool issues_tma) {
-      using Store = DirectStore<Element, kSwapped, EpilogueTile, kThreads>;
-      Store const store{params.direct,
-                        staged,
-                        at.tokens,
-                        params.features,
-                        at.token + (kSwapped ? epi_n : epi_m) * Store::kTokens,
-                        at.feature + (kSwapped ? epi_m : epi_n) * Store::kFeatures,
-                        thread};
-      if constexpr (!kSwapped) {
-        if (params.direct.classes > 1) return store.by_class(at.row_class, issues_tma);
-      }
-      if (params.features < Store::kUnit) wait_for_the_one_element(issues_tma);
-      store.by_threads();
-    }
-  };
-
-  template <bool kReferenceSrc, class... Args>
-  CUTLASS_DEVICE auto get_consumer_store_callbacks(
-      cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
-    using namespace cute;
-    constexpr int kThreads = decltype(size(args.tiled_copy))::value;
-    Vectors const& vectors = shared->of_team[kTeams == 1 ? 0 : threadIdx.x / kThreads - 1];
-    // Each thread's share of a vector along the rows or the columns of the tile.
-    auto const share = [&](float const* vector, auto stride) {
-      auto const tile = make_tensor(make_smem_ptr(vector), take<0, 2>(Tile{}), stride);
-      return cutlass::epilogue::fusion::sm90_partition_for_epilogue<kReferenceSrc>(
-          tile, args.epi_tile, args.tiled_copy, args.thread_idx);
-    };
-    using Rows = Stride<_1, _0>;
-    using Columns = Stride<_0, _1>;
-    auto const per_token = share(vectors.lhs_scale, conditional_t<kSwapped, Columns, Rows>{});
-    conditional_t<kSwapped, Rows, Columns> along_features;
-    auto const rhs_scale = share(vectors.rhs_scale, along_features);
-    auto const bias = share(vectors.bias, along_features);
-    return Callbacks<decltype(args.epi_tile), kThreads, remove_cvref_t<decltype(per_token)>,
-                     remove_cvref_t<decltype(bias)>>(
-        *params, per_token, rhs_scale, bias,
-        place(args.problem_shape_mnkl, args.tile_coord_mnkl), args.thread_idx);
-  }
-};
-
-template <class Tile, class Element, Operands kOperands, int kTeams>
-struct Epilogue {
-  using Root = Finish<Tile, Element, kOperands, kTeams>;
-  using Callbacks =
-      cutlass::epilogue::fusion::Sm90EVT<Root, cutlass::epilogue::fusion::Sm90AccFetch>;
-
-  static typename Callbacks::Arguments arguments(GemmProblem const& p,
-                                                 DirectStoreArguments<Element> const& direct) {
-    return {{},
-            {p.lhs_scale, p.rhs_scale, p.bias, p.per_token, p.per_channel, p.n,
-             p.bias != nullptr ? p.bias_features : 0, p.activation, p.out_type == Out::kF16,
-             p.out_scale, direct}};
   }
 };
 

@@ -56,7 +56,7 @@ inline constexpr int kRowsOfASectorClass = 512;
 // The classes a result's rows are best stored in: one where TMA can address its rows, or where
 // several would need more tiles. Rows of a class start at the same place within 32 bytes if 8 classes
 // are enough for that and each has enough rows, else within the 16 that TMA wants: stores of whole
-// sectors are faster (direct_store.cuh), but a class has a tile at its edge that is slower: 3420
+// sectors are faster (store.cuh), but a class has a tile at its edge that is slower: 3420
 // features for 2048 rows take 23.3 us in four classes and 23.6 in two, for 1024 13.3 and 13.1 (128x128,
 // gelu, K = 1280; H200, 2026-11-30).
 inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {

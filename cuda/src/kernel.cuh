@@ -20,15 +20,15 @@ namespace jaxfp8 {
 // where). Their loads begin 1.2 us after the kernel does, behind the barriers of a pipeline that
 // nothing uses, a scheduler of 64-bit divisions and a barrier of the whole block; here the warp that
 // has made the barriers of the loads issues them at once. And an epilogue there asks for its scales
-// when the product is done; here each thread has asked for them before it begins (Finish::fetch).
+// when the product is done; here each thread has asked for them before it begins (Epilogue::fetch).
 // Tried, and of no use: the first stages of the weight loaded before the wait for x; the kernel's
 // parameters read at once by all warps; Cooperative warpgroups that store their halves in turn, so
 // that one multiplies meanwhile (up to 12 % slower: stages that the one behind has yet to read are
 // none that could be loaded for the one ahead).
 //
 // With `kAhead` the mainloop asks for a part of the next tile's products before a tile is stored.
-template <Schedule kSchedule, class Mainloop, class Epilogue, class Finish, class TileShape,
-          class Cluster, int kAccumulators, bool kAhead>
+template <Schedule kSchedule, class Mainloop, class Epilogue, class TileShape, class Cluster,
+          int kAccumulators, bool kAhead>
 struct GemmKernel {
   static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
   static constexpr int kGroups = 2;  // that multiply
@@ -59,23 +59,21 @@ struct GemmKernel {
   };
 
   struct SharedStorage {
-    struct {
-      typename Epilogue::TensorStorage epilogue;
-      typename Mainloop::TensorStorage mainloop;
-    } tensors;
+    alignas(1024) typename Mainloop::TensorStorage mainloop;
+    alignas(Epilogue::Staged::kAlignment) typename Epilogue::Storage epilogue;
     alignas(16) typename Pipeline::SharedStorage pipeline;
-    alignas(16) typename Epilogue::LoadPipeline::SharedStorage unused;
   };
   static constexpr int SharedStorageSize = sizeof(SharedStorage);
   static_assert(SharedStorageSize <= 227 * 1024, "more shared memory than a block may have");
 
-  // Barriers between the two teams of a Pingpong kernel, two each, and one for the pipeline.
-  enum Barrier : uint32_t { kMultiply = 0, kStore = 2, kPipelineMade = 4 };
-  static CUTLASS_DEVICE void wait_for_turn(Barrier what, int team) {
-    if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(2 * kGroup, what + team);
+  // Barriers: a Pingpong team's turn to multiply, one each, and the pipeline's; then the epilogue's.
+  enum Barrier : uint32_t { kMultiply = 0, kPipelineMade = 2 };
+  static_assert(Epilogue::kBarrier > kPipelineMade);
+  static CUTLASS_DEVICE void wait_for_turn(int team) {
+    if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(2 * kGroup, kMultiply + team);
   }
-  static CUTLASS_DEVICE void give_turn(Barrier what, int team) {
-    if constexpr (kPingpong) cutlass::arch::NamedBarrier::arrive(2 * kGroup, what + 1 - team);
+  static CUTLASS_DEVICE void give_turn(int team) {
+    if constexpr (kPingpong) cutlass::arch::NamedBarrier::arrive(2 * kGroup, kMultiply + 1 - team);
   }
 
   CUTLASS_DEVICE void operator()(Params const& params, char* memory) const {
@@ -102,7 +100,7 @@ struct GemmKernel {
         load(params, shared, pipeline);
       } else {
         params.prefetch(warp - 1);
-        if (warp == 3) Finish::prefetch_descriptors(params.epilogue.thread.op_1);
+        if (warp == 3) Epilogue::prefetch_descriptors(params.epilogue);
         if constexpr (kClusterSize > 1) cute::cluster_wait();
       }
     } else {
@@ -138,7 +136,7 @@ struct GemmKernel {
     for (int i = first_cluster(); i < params.order.clusters; i += launched_clusters()) {
       mainloop.load(params.mainloop, pipeline, state, inputs, coordinates(params, i),
                     cute::make_coord_iterator(cute::shape<3>(cute::get<0>(inputs))), k_tiles,
-                    threadIdx.x % 32, cute::block_rank_in_cluster(), shared.tensors.mainloop);
+                    threadIdx.x % 32, cute::block_rank_in_cluster(), shared.mainloop);
       state.advance(k_tiles);
     }
     mainloop.load_tail(pipeline, state);
@@ -146,22 +144,16 @@ struct GemmKernel {
 
   static CUTLASS_DEVICE void multiply(Params const& params, SharedStorage& shared,
                                       Pipeline& pipeline, int team) {
-    using StorePipeline = typename Epilogue::StorePipeline;
     int const thread = (threadIdx.x - kGroup) % kTeam;
     typename Mainloop::TiledMma tiled_mma;
     Mainloop mainloop;
-    Epilogue epilogue(params.epilogue, shared.tensors.epilogue);
-    typename Epilogue::LoadPipeline const load_pipeline(shared.unused, {}, cute::false_type{});
-    typename Epilogue::LoadPipelineState const load_state;
-    StorePipeline store_pipeline({true});
-    auto store_state = cutlass::make_producer_start_state<StorePipeline>();
-    Finish const finish(params.epilogue.thread.op_1,
-                        cute::get<1>(shared.tensors.epilogue.thread));
+    Epilogue const epilogue{params.epilogue, shared.epilogue,
+                            cutlass::canonical_warp_group_idx() - 1,
+                            static_cast<int>(threadIdx.x % kGroup)};
     int const k_tiles = cute::ceil_div(cute::get<2>(params.shape), cute::size<2>(TileShape{}));
     typename Mainloop::PipelineState state;
     if (team == 1) {
-      give_turn(kMultiply, 1);
-      give_turn(kStore, 1);
+      give_turn(1);
       state.advance(k_tiles);
     }
     cutlass::arch::wait_on_dependent_grids();  // for the scales of x
@@ -180,35 +172,25 @@ struct GemmKernel {
     }();
     for (int i = first_cluster() + team * launched_clusters(); i < params.order.clusters;
          i += step) {
-      auto const tile = coordinates(params, i);
-      auto const vectors = finish.template fetch<kTeam>(params.shape, tile, thread);
+      auto const place = epilogue.place(coordinates(params, i));
+      auto const vectors = epilogue.fetch(place);
       auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
-      wait_for_turn(kMultiply, team);
+      wait_for_turn(team);
       if constexpr (kAhead) {
-        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.tensors.mainloop,
+        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.mainloop,
                      ahead, i != first_cluster(), i + step < params.order.clusters);
       } else {
-        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.tensors.mainloop,
+        mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.mainloop,
                      params.mainloop);
       }
-      give_turn(kMultiply, team);
+      give_turn(team);
       mainloop.mma_tail(pipeline, state, k_tiles);
       state.advance(k_tiles * kTeams);
-      finish.stage(vectors, team, thread);
-      wait_for_turn(kStore, team);
-      auto const states =
-          epilogue.store(load_pipeline, load_state, store_pipeline, store_state, params.shape,
-                         TileShape{}, tile, accumulators, tiled_mma, thread, shared.tensors.epilogue);
-      store_state = cute::get<1>(states);
-      if (kPingpong || i + step >= params.order.clusters) {
-        // The other team's results come into the same memory.
-        auto const tail =
-            epilogue.store_tail(load_pipeline, load_state, store_pipeline, store_state);
-        store_state = cute::get<1>(tail);
-      }
-      give_turn(kStore, team);
+      epilogue.stage(vectors);
+      epilogue.store(accumulators, vectors, place);
       if constexpr (kAhead) Mainloop::settle(ahead);
     }
+    epilogue.template wait_until_read<0>();  // else its memory is gone
   }
 
   static int blocks(Params const& params, int sm_count) {

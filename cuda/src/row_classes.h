@@ -1,4 +1,4 @@
-// Rows of a result grouped so that TMA can address each group; direct_store.cuh says why.
+// Rows of a result grouped so that TMA can address each group; store.cuh says why.
 #pragma once
 
 #include <cstdint>
