@@ -249,7 +249,7 @@ def test_more_than_two_to_the_31_elements(n, k):
 
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 9])
 def test_results_narrower_than_a_tma_store(n):
-    """CUTLASS's own store of one element writes 16 bytes, more than such a row has: never last."""
+    """What TMA would clip to 16 bytes is more than such a row has: threads store it."""
     x = randn(7, (4096, 48), jnp.bfloat16)
     weight = PaddedKernel.from_dense(randn(8, (48, n)))
     product, *scales = dense_product(x, weight)

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cutlass/array.h"
-#include "cutlass/numeric_conversion.h"
 #include "gemm.h"
 
 namespace jaxfp8 {
@@ -12,8 +11,8 @@ namespace jaxfp8 {
 // because (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): a few instructions an element. That is also more
 // accurate than 1 + tanh where that cancels: CUTLASS's GELU_taylor, on tanh.approx, is 20 % off at
 // z = -3; this is 1e-6 off there and 2e-5 at most. (With tanhf and expf the epilogue was so long
-// that small GEMMs lost 10 %.) z = inf gives inf and -inf NaN, as jax.nn's formulas do. Tried, of no
-// use: one reciprocal for two quotients of 1 + 2^-|t|, which takes five instructions more
+// that small GEMMs lost 10 %.) z = inf gives inf and -inf NaN, as jax.nn's formulas do. Tried, of
+// no use: one reciprocal for two quotients of 1 + 2^-|t|, which takes five instructions more
 // (4096x3424x1280 1.02 of the time; H200, 2026-11-30).
 template <int kSize>
 CUTLASS_DEVICE void activate(cutlass::Array<float, kSize>& z, Activation kind) {

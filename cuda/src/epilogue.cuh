@@ -1,6 +1,8 @@
 // The epilogue: out = activation(lhs_scale * (rhs_scale * acc) + bias), in float32, rounded once.
 #pragma once
 
+#include <algorithm>
+
 #include "elementwise.cuh"
 #include "gemm.h"
 #include "staging.cuh"
@@ -17,7 +19,7 @@ namespace jaxfp8 {
 // CUTLASS's nodes a 512x4096x256 GEMM took 5.0 us without an epilogue and 6.0 (swapped 6.5) with it
 // (H200, 2026-11-22). With CUTLASS's store around them, Cooperative warpgroups met twice for each
 // part of a tile and Pingpong ones waited until TMA had read the other's: promoted 256x128 takes
-// 0.98 to 0.99 of its time so, Pingpong 128x128 at K = 1280 0.96 to 1.01, with gelu 0.93 to 0.96
+// 0.98 to 0.99 of its time so, Pingpong 128x128 at K = 1280 0.95 to 1.01, with gelu 0.93 to 0.96
 // (in turn, H200, 2026-11-30, as the next figures).
 // Tried, of no use: what a warp has staged sent by itself, without a barrier (Pingpong 128x128 with
 // 4096x3424x1280 1.03 of the time); vectors staged before the MMAs (1.04).
@@ -33,8 +35,8 @@ struct Epilogue {
 
   // Into how many pieces 64 rows are cut.
   //
-  // NOTES: each costs a meeting and a fence. Cooperative 128x128 takes 1.02 of its time in pieces of
-  // 64 columns, Pingpong 128x128 with 4096x3424x1280 1.05. But of 160 columns two Pingpong
+  // NOTES: each costs a meeting and a fence. Cooperative 128x128 takes 1.02 of its time in pieces
+  // of 64 columns, Pingpong 128x128 with 4096x3424x1280 1.05. But of 160 columns two Pingpong
   // warpgroups' pieces would take a stage from the loads.
   static constexpr int kParts = [] {
     int const row = kColumns * static_cast<int>(sizeof(Element));
@@ -48,7 +50,8 @@ struct Epilogue {
   using Staged = Staging<Element, kSwapped, kPieceColumns>;
 
   // NOTES: promoted 256x128 has a stage more with one, and takes 0.99 of the time so. Pingpong
-  // warpgroups finish beside MMAs that take no longer where K is small: they should not wait for TMA.
+  // warpgroups finish beside MMAs that take no longer where K is small: they should not wait for
+  // TMA.
   static constexpr int kBuffers = kPingpong ? std::min(kPieces, 2) : 1;
 
   // Vectors along a tile's rows are in registers, those along its columns in shared memory: two
@@ -80,7 +83,9 @@ struct Epilogue {
   int group;   // of the two warpgroups
   int thread;  // of the warpgroup
 
-  CUTLASS_DEVICE void meet() const { cutlass::arch::NamedBarrier::sync(kThreads, kBarrier + group); }
+  CUTLASS_DEVICE void meet() const {
+    cutlass::arch::NamedBarrier::sync(kThreads, kBarrier + group);
+  }
 
   // By a warp, before they are wanted.
   static CUTLASS_DEVICE void prefetch_descriptors(Params const& params) {
@@ -214,7 +219,8 @@ struct Epilogue {
     if constexpr (sizeof(Element) == 2) {
       return rounded_to_16_bits(z, params.float16);
     } else {
-      // Not __ldg: with dependent launch the kernel before may have written it after this one began.
+      // Not __ldg: with dependent launch the kernel before may have written it after this one
+      // began.
       if constexpr (sizeof(Element) == 1) divide(z, *params.out_scale);
       return z;
     }

@@ -105,7 +105,8 @@ struct Gemm {
     }
     for (int r = 0; r < to->classes; ++r) {
       int const row_class = r * p.classes.factor % to->classes;
-      // Of row r, the features before its first multiple of a unit, and from there on whole 16 bytes.
+      // Of row r, the features before its first multiple of a unit, and from there on whole 16
+      // bytes.
       int const unit = p.classes.unit(), before = (unit - row_class * to->step) % unit;
       int const whole = (p.n - before) / kAlign * kAlign;
       int const rows = (p.m - r + to->classes - 1) / to->classes;

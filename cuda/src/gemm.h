@@ -54,12 +54,12 @@ struct GemmProblem {
 inline constexpr int kRowsOfASectorClass = 512;
 
 // The classes a result's rows are best stored in: one where TMA can address its rows, or where
-// several would need more tiles. Rows of a class start at the same place within 32 bytes if 8 classes
-// are enough for that and each has enough rows, else within the 16 that TMA wants: stores of whole
-// sectors are faster (store.cuh), but a class has a tile at its edge that is slower: 3420
-// features for 2048 rows take 23.3 us in four classes and 23.6 in two, for 1024 13.3 and 13.1 (128x128,
-// gelu, K = 1280; H200, 2026-11-30).
-inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {
+// several would need more tiles. Rows of a class start at the same place within 32 bytes if 8
+// classes are enough for that and each has enough rows, else within the 16 that TMA wants: stores
+// of whole sectors are faster (store.cuh), but a class has a tile at its edge that is slower: 3420
+// features for 2048 rows take 23.3 us in four classes and 23.6 in two, for 1024 13.3 and 13.1
+// (128x128, gelu, K = 1280; H200, 2026-11-30).
+constexpr RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) {
   KernelSpec const& spec = spec_of(kernel);
   int const span = spec.tile_m * spec.cluster_m;
   auto const clusters = [&](int rows) { return (rows + span - 1) / span; };
@@ -69,10 +69,18 @@ inline RowClasses row_classes(Kernel kernel, Out out, int m, int64_t out_pitch) 
     RowClasses const classes = RowClasses::of(out_pitch, bytes / bytes_of(out));
     bool const cheap = 8 * classes.count * clusters(classes.rows(m)) <= 9 * clusters(m);
     bool const has_rows = classes.rows(m) >= (bytes == 32 ? kRowsOfASectorClass : 1);
-    if (classes.count <= kMaxClasses && m >= classes.count && has_rows && cheap) return classes;
+    // Of the rows that begin furthest from the next unit, whole 16 bytes are left for TMA.
+    bool const has_whole = out_pitch >= classes.unit() - classes.step + 16 / bytes_of(out);
+    if (classes.count <= kMaxClasses && m >= classes.count && has_rows && has_whole && cheap) {
+      return classes;
+    }
   }
   return {};
 }
+
+// A row of 18 that begins 2 past a multiple of 16 elements has 4 from the next one on, which no TMA
+// tensor can be.
+static_assert(row_classes(Kernel::fast_pp_64x16x256_1x4, Out::kBF16, 4096, 18).unit() == 8);
 
 // What a compiled instance offers. Each returns null, or why it failed.
 struct GemmFunctions {

@@ -18,13 +18,13 @@ namespace jaxfp8 {
 // NOTES: CUTLASS's own kernels (GemmUniversal) do the same. What is left out here is 0.7 us of each
 // GEMM: 512x4096x256 takes 4.8 us where it took 5.6 (H200, 2026-11-22; clocks read along it told
 // where). Their loads begin 1.2 us after the kernel does, behind the barriers of a pipeline that
-// nothing uses, a scheduler of 64-bit divisions and a barrier of the whole block; here the warp that
-// has made the barriers of the loads issues them at once. And an epilogue there asks for its scales
-// when the product is done; here each thread has asked for them before it begins (Epilogue::fetch).
-// Tried, and of no use: the first stages of the weight loaded before the wait for x; the kernel's
-// parameters read at once by all warps; Cooperative warpgroups that store their halves in turn, so
-// that one multiplies meanwhile (up to 12 % slower: stages that the one behind has yet to read are
-// none that could be loaded for the one ahead).
+// nothing uses, a scheduler of 64-bit divisions and a barrier of the whole block; here the warp
+// that has made the barriers of the loads issues them at once. And an epilogue there asks for its
+// scales when the product is done; here each thread has asked for them before it begins
+// (Epilogue::fetch). Tried, and of no use: the first stages of the weight loaded before the wait
+// for x; the kernel's parameters read at once by all warps; Cooperative warpgroups that store
+// their halves in turn, so that one multiplies meanwhile (up to 12 % slower: stages that the one
+// behind has yet to read are none that could be loaded for the one ahead).
 //
 // With `kAhead` the mainloop asks for a part of the next tile's products before a tile is stored.
 template <Schedule kSchedule, class Mainloop, class Epilogue, class TileShape, class Cluster,
@@ -66,7 +66,8 @@ struct GemmKernel {
   static constexpr int SharedStorageSize = sizeof(SharedStorage);
   static_assert(SharedStorageSize <= 227 * 1024, "more shared memory than a block may have");
 
-  // Barriers: a Pingpong team's turn to multiply, one each, and the pipeline's; then the epilogue's.
+  // Barriers: a Pingpong team's turn to multiply, one each, and the pipeline's; then the
+  // epilogue's.
   enum Barrier : uint32_t { kMultiply = 0, kPipelineMade = 2 };
   static_assert(Epilogue::kBarrier > kPipelineMade);
   static CUTLASS_DEVICE void wait_for_turn(int team) {

@@ -15,17 +15,17 @@ struct RowClasses {
   int factor = 0;  // row r is of the class r * factor % count
   int step = 0;
 
-  static RowClasses of(int64_t pitch, int unit) {
+  static constexpr RowClasses of(int64_t pitch, int unit) {
     int const step = static_cast<int>(std::gcd(pitch, static_cast<int64_t>(unit)));
     int const count = unit / step;
     if (count == 1) return {};
     return {count, static_cast<int>(pitch / step % count), step};
   }
 
-  int unit() const { return count * step; }
+  constexpr int unit() const { return count * step; }
 
   // As many as the largest class has; the others have that or one less.
-  int rows(int m) const { return (m + count - 1) / count; }
+  constexpr int rows(int m) const { return (m + count - 1) / count; }
 };
 
 }  // namespace jaxfp8

@@ -5,14 +5,15 @@
 #include <numeric>
 
 #include "cute/tensor.hpp"
+#include "cutlass/array.h"
 #include "cutlass/cuda_host_adapter.hpp"
-#include "elementwise.cuh"
+#include "cutlass/numeric_conversion.h"
 
 namespace jaxfp8 {
 
-// Into boxes of how many bytes a row is cut: of a multiple of 128 so many, which TMA swizzles, as it
-// does 64 and 32; else the widest of which 16 bytes at one place of 8 rows meet in the same banks
-// twice at most (160 for 80 features, where a swizzle would make five boxes).
+// Into boxes of how many bytes a row is cut: of a multiple of 128 so many, which TMA swizzles, as
+// it does 64 and 32; else the widest of which 16 bytes at one place of 8 rows meet in the same
+// banks twice at most (160 for 80 features, where a swizzle would make five boxes).
 constexpr int box_bytes(int row) {
   if (row % 128 == 0) return 128;
   int box = std::min(row, 256);
@@ -23,8 +24,8 @@ static_assert(box_bytes(256) == 128 && box_bytes(64) == 64 && box_bytes(320) == 
               box_bytes(96) == 96 && box_bytes(192) == 96);
 
 // 64 rows of a tile and kColumns of its columns, which a warpgroup stages at once, as tokens of so
-// many features (swapped, the tile's rows are the features). One box lies behind the other. Within a
-// box that TMA swizzles, 16 bytes lie where the exclusive or of their number and the row's says.
+// many features (swapped, the tile's rows are the features). One box lies behind the other. Within
+// a box that TMA swizzles, 16 bytes lie where the exclusive or of their number and the row's says.
 template <class Element, bool kSwapped, int kColumns>
 struct Staging {
   static constexpr int kSize = sizeof(Element);

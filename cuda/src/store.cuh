@@ -16,14 +16,14 @@ namespace jaxfp8 {
 // By TMA, where it can address the rows.
 //
 // By classes. Rows that are equal modulo `classes` = 32 / gcd(32, pitch in bytes) lie a multiple of
-// 32 bytes apart, so each class is a tensor that TMA can address; the GEMM runs over classes as over
-// a batch, x being quantized into that order. But a store by TMA must also begin at a column that is
-// a multiple of 16 bytes and not negative (else: illegal instruction), and what it clips on the right
-// it clips to such a multiple (else the next row's first features are overwritten). So where the rows
-// of a class begin `shift` elements past a multiple of 32 bytes, its tiles are `shift` features early
-// (class_mainloop.cuh), its tensor has the whole 16 bytes within a row, and threads store the rest:
-// the first box of a row, and up to 7 features at its end. 16 bytes would do for TMA, and do where 32
-// make more than 8 classes or waste tiles.
+// 32 bytes apart, so each class is a tensor that TMA can address; the GEMM runs over classes as
+// over a batch, x being quantized into that order. But a store by TMA must also begin at a column
+// that is a multiple of 16 bytes and not negative (else: illegal instruction), and what it clips
+// on the right it clips to such a multiple (else the next row's first features are overwritten).
+// So where the rows of a class begin `shift` elements past a multiple of 32 bytes, its tiles are
+// `shift` features early (class_mainloop.cuh), its tensor has the whole 16 bytes within a row, and
+// threads store the rest: the first box of a row, and up to 7 features at its end. 16 bytes would
+// do for TMA, and do where 32 make more than 8 classes or waste tiles.
 //
 // By threads, where classes would waste tiles (few rows), and in swapped kernels: plain stores.
 template <class Element>
@@ -151,9 +151,10 @@ struct Store {
   //
   // NOTES: the staged layout repeats every 8 rows, so a thread whose rows are a multiple of that
   // apart finds its pieces at constant distances. With the layout asked for each of them, about 28
-  // instructions a piece, a tile of 128x128 took 2900 clocks longer so than by TMA (H200, 2026-11-30).
-  // Loads first, some at a time: unrolled whole in every piece it made the epilogue so long that
-  // small GEMMs, which wait for their instructions, were 0.3 us slower without using it.
+  // instructions a piece, a tile of 128x128 took 2900 clocks longer so than by TMA (H200,
+  // 2026-11-30). Loads first, some at a time: unrolled whole in every piece it made the epilogue
+  // so long that small GEMMs, which wait for their instructions, were 0.3 us slower without using
+  // it.
   template <class Piece, int kPieces>
   CUTLASS_DEVICE void copy(Rows const& rows, int f) const {
     constexpr int kApart = kThreads / kPieces;  // rows
