@@ -23,8 +23,9 @@ class Clocked:
     """What each contestant took, a part (a layer, a block) of one call.
 
     Attributes:
-        seconds: by "wall" and "busy", and in that by contestant, in each round. "busy" is empty
-            where no trace was taken.
+        seconds: by clock, and in that by contestant, in each round: "wall", where a result is
+            held until the next call is made; "dropped", the same where it is not, if asked for;
+            "busy", empty where no trace was taken.
         profiles: what the device did in each round of the trace, in `TRACE_CALLS` calls.
         parts: how many parts a call of each contestant has.
     """
@@ -95,16 +96,22 @@ def measure(
     *,
     trace: bool,
     graphs: bool = False,
+    dropped: bool = False,
 ) -> Clocked:
     """Take `rounds` readings of the wall clock, interleaved, and `TRACE_ROUNDS` of a profile.
 
     `graphs`: find out in the profile what CUDA graphs did, for `in_graphs` and `marks`.
+    `dropped`: read that clock too.
     """
-    walls = {
-        name: wall_contestant(call, calls_for(call, WALL_READING_SECONDS), parts[name])
-        for name, call in calls.items()
-    }
-    seconds: dict[str, dict[str, list[float]]] = {"wall": interleave(walls, rounds), "busy": {}}
+    many = {name: calls_for(call, WALL_READING_SECONDS) for name, call in calls.items()}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for clock in ("wall", "dropped") if dropped else ("wall",):
+        walls = {
+            name: wall_contestant(call, many[name], parts[name], dropped=clock == "dropped")
+            for name, call in calls.items()
+        }
+        seconds[clock] = interleave(walls, rounds)
+    seconds["busy"] = {}
     profiles = {}
     if trace:
         profiles = _trace.measure_busy(calls, TRACE_ROUNDS, TRACE_CALLS, graphs=graphs)

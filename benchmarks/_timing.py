@@ -100,12 +100,19 @@ class GraphContestant:
         return read
 
 
-def wall_contestant(call: Callable[[], Any], calls: int, parts: int = 1) -> Contestant:
-    """Host time of `calls` calls enqueued one after another, divided by calls and parts."""
+def wall_contestant(
+    call: Callable[[], Any], calls: int, parts: int = 1, *, dropped: bool = False
+) -> Contestant:
+    """Host time of `calls` calls enqueued one after another, divided by calls and parts.
+
+    `dropped`: a result is dropped before the next call, which may then have its memory.
+    """
 
     def start() -> Reading:
         begin = time.perf_counter()
         for _ in range(calls):
+            if dropped:
+                result = None
             result = call()
         jax.block_until_ready(result)
         seconds = (time.perf_counter() - begin) / (calls * parts)

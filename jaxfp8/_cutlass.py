@@ -50,7 +50,7 @@ TMA_BYTES = 16
 # slower to leave out than to read (`with_readable_rows` in `cuda/src/gemm.cuh`).
 TILE_ROWS = 256
 # What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they take.
-CALLS = 4
+CALLS = 5
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -94,11 +94,8 @@ def plugin() -> Plugin:
         why = f"the library {path} is older than this jaxfp8 and refuses some of its calls."
         return Plugin(path, build, f"{why} {HOW_TO_INSTALL}")
     for target in TARGETS:
-        stages = {
-            stage: jax.ffi.pycapsule(getattr(library, f"{target}_{stage}"))
-            for stage in ("initialize", "execute")
-        }
-        jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+        handler = jax.ffi.pycapsule(getattr(library, f"{target}_execute"))
+        jax.ffi.register_ffi_target(target, handler, platform="CUDA")
     return Plugin(path, build, None)
 
 

@@ -1,11 +1,13 @@
 """The arithmetic of the benchmarks: pairing, bounds, profiles, programs, tables."""
 
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -57,6 +59,20 @@ def test_wall_time_is_divided_by_calls_and_parts(monkeypatch):
     called = []
     reading = _timing.wall_contestant(lambda: called.append(0), calls=3, parts=2)()
     assert (len(called), reading()) == (3, 2.0)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_result_is_held_until_the_next_or_dropped_before_it(dropped):
+    made, still_there = [], []
+
+    def call():
+        still_there.append([result() is not None for result in made[-1:]])
+        result = np.zeros(3)
+        made.append(weakref.ref(result))
+        return result
+
+    _timing.wall_contestant(call, calls=3, dropped=dropped)()
+    assert still_there == [[], [not dropped], [not dropped]]
 
 
 def test_the_grid_and_its_bound():
@@ -201,6 +217,8 @@ def test_both_clocks_count_by_parts_of_a_call(monkeypatch):
     assert clocked.largest("ours")["gemm"] == {"launches": 3, "microseconds": pytest.approx(500)}
     alone = _clocks.measure(calls, {"ours": 2, "peer": 1}, rounds=3, trace=False)
     assert set(alone.microseconds("ours")) == {"wall"}
+    both = _clocks.measure(calls, {"ours": 2, "peer": 1}, rounds=3, trace=False, dropped=True)
+    assert set(both.microseconds("ours")) == set(both.ratio("peer", "ours")) == {"wall", "dropped"}
     assert alone.kernels("ours") is alone.in_graphs("ours") is alone.marks("ours") is None
 
 

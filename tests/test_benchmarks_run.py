@@ -146,7 +146,10 @@ def test_stack_end_to_end(tmp_path, capsys, on_cpu):
         wall = {kind: times["wall"] for kind, times in row["microseconds"].items()}
         assert min(wall.values()) > 0 and row["bf16_over_ours"]["wall"] > 0
         assert set(wall) == {"fp8", "bf16", "arguments"}
-        assert row["wall_over_busy"] == {"fp8": None, "bf16": None}  # no trace, no busy time
+        assert set(row["over_busy"]) == {"wall", "dropped"}
+        for ratios in row["over_busy"].values():
+            assert ratios == {"fp8": None, "bf16": None}  # no trace, no busy time
+        assert row["microseconds"]["fp8"]["dropped"] > 0
         assert row["graphs"]["fp8"] == {"share": None, "marks": None, "in_program": 0}
 
 

@@ -1,4 +1,4 @@
-// What handlers share: their stages, saying what XLA handed over, and refusing it.
+// What handlers share: saying what XLA handed over, and refusing it.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,6 @@
 
 namespace jaxfp8 {
 namespace ffi = xla::ffi;
-
-enum class Stage { kInitialize, kExecute };
 
 inline std::string shape_of(ffi::AnyBuffer const& buffer) {
   std::ostringstream text;

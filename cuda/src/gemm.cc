@@ -25,15 +25,13 @@ GemmFunctions functions(Kernel kernel, Stored what) {
 
 }  // namespace
 
-char const* gemm_prepare(Kernel kernel, Out out) {
-  static OncePerDevice once[kKernelCount][kStoredCount];
-  Stored const what = stored(out);
-  return once[static_cast<int>(kernel)][static_cast<int>(what)].call(
-      functions(kernel, what).prepare);
-}
-
 char const* gemm_launch(Kernel kernel, GemmProblem const& problem) {
-  return functions(kernel, stored(problem.out_type)).launch(problem);
+  static OncePerDevice once[kKernelCount][kStoredCount];
+  Stored const what = stored(problem.out_type);
+  GemmFunctions const instance = functions(kernel, what);
+  auto& prepared = once[static_cast<int>(kernel)][static_cast<int>(what)];
+  if (char const* why = prepared.call(instance.prepare)) return why;
+  return instance.launch(problem);
 }
 
 }  // namespace jaxfp8

@@ -64,8 +64,7 @@ struct Gemm {
   using Launched =
       GemmKernel<kSpec.schedule, CollectiveMainloop, Finish, Tile, Cluster, kAccumulators, kAhead>;
 
-  // NOTES: raising the shared-memory limit also loads the kernel's module, which must not happen
-  // inside stream capture; so XLA's Initialize stage calls this.
+  // NOTES: raising the shared-memory limit also loads the kernel's module.
   static char const* prepare() {
     cudaError_t const status = cudaFuncSetAttribute(
         reinterpret_cast<void const*>(&cutlass::device_kernel<Launched>),

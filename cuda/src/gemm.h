@@ -88,8 +88,7 @@ struct GemmFunctions {
   char const* (*launch)(GemmProblem const&);
 };
 
-// Loads a kernel on the current device: before its first launch, outside of stream capture.
-char const* gemm_prepare(Kernel kernel, Out out);
+// On the current device, where the first call also loads the kernel. Null, or why it failed.
 char const* gemm_launch(Kernel kernel, GemmProblem const& problem);
 
 }  // namespace jaxfp8

@@ -6,7 +6,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "ffi_checks.h"
 #include "product.h"
@@ -18,7 +17,6 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-template <Stage kStage>
 ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs,
                          ffi::AnyBuffer qvalue, ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale,
                          ffi::AnyBuffer bias, ffi::AnyBuffer out_scale,
@@ -49,7 +47,6 @@ ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs
   Kernel const chosen = choose(p.m, p.n, p.k, promoted != 0, kernel, Input::kRowsAlone);
   if (auto error = check_gemm(p, chosen, kernel); error.failure()) return error;
   OnDevice const guard(device);
-  if constexpr (kStage == Stage::kInitialize) return prepare_gemm(p, chosen);
   return launch_gemm(p, chosen, device);
 }
 
@@ -75,7 +72,6 @@ bool describe_quantize(ffi::AnyBuffer x, ffi::AnyBuffer x_scale, ffi::AnyBuffer 
   return true;
 }
 
-template <Stage kStage>
 ffi::Error quantize(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
                     ffi::Result<ffi::AnyBuffer> qx, ffi::Result<ffi::AnyBuffer> qx_scale) {
   QuantizeProblem q{};
@@ -87,12 +83,10 @@ ffi::Error quantize(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::
   }
   if (q.m == 0) return ffi::Error::Success();
   OnDevice const guard(device);
-  char const* const why =
-      kStage == Stage::kInitialize ? quantize_prepare() : quantize_launch(q);
+  char const* const why = quantize_launch(q);
   return why == nullptr ? ffi::Error::Success() : refuse("quantizing failed: ", why);
 }
 
-template <Stage kStage>
 ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer qvalue,
                  ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer x_scale,
                  ffi::AnyBuffer out_scale, ffi::Result<ffi::AnyBuffer> out,
@@ -126,76 +120,55 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   // All classes are read as if they had as many rows as the largest: the scratch must have them.
   if (classes.count * classes.rows(p.m) <= qx->dimensions()[0]) p.classes = q.classes = classes;
   OnDevice const guard(device);
-  if constexpr (kStage == Stage::kInitialize) {
-    if (char const* why = quantize_prepare()) {
-      return failed("preparing the quantize kernel", p, chosen, why);
-    }
-    return prepare_gemm(p, chosen);
-  }
   q.lets_next_start = p.dependent = starts_early(p.m, p.n, p.k);
   if (char const* why = quantize_launch(q)) return failed("the quantize kernel", p, chosen, why);
   return launch_gemm(p, chosen, device);
 }
 
-template <class Binding>
-auto bind_matmul(Binding binding) {
-  return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::AnyBuffer>()   // lhs
-      .template Arg<ffi::AnyBuffer>()   // qvalue
-      .template Arg<ffi::AnyBuffer>()   // lhs_scale
-      .template Arg<ffi::AnyBuffer>()   // scale
-      .template Arg<ffi::AnyBuffer>()   // bias
-      .template Arg<ffi::AnyBuffer>()   // out_scale
-      .template Ret<ffi::AnyBuffer>()   // out
-      .template Attr<int32_t>("activation")
-      .template Attr<int32_t>("kernel")
-      .template Attr<int64_t>("out_features")
-      .template Attr<int32_t>("promoted");
-}
-
-template <class Binding>
-auto bind_quantize(Binding binding) {
-  return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<ffi::AnyBuffer>()   // x_scale
-      .template Ret<ffi::AnyBuffer>()   // qx
-      .template Ret<ffi::AnyBuffer>();  // qx_scale
-}
-
-template <class Binding>
-auto bind_dense(Binding binding) {
-  return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<ffi::AnyBuffer>()   // qvalue
-      .template Arg<ffi::AnyBuffer>()   // scale
-      .template Arg<ffi::AnyBuffer>()   // bias
-      .template Arg<ffi::AnyBuffer>()   // x_scale
-      .template Arg<ffi::AnyBuffer>()   // out_scale
-      .template Ret<ffi::AnyBuffer>()   // out
-      .template Ret<ffi::AnyBuffer>()   // qx, scratch
-      .template Ret<ffi::AnyBuffer>()   // qx_scale, scratch
-      .template Attr<int32_t>("activation")
-      .template Attr<int32_t>("kernel")
-      .template Attr<int64_t>("out_features")
-      .template Attr<int32_t>("promoted");
-}
-
 }  // namespace
 
-JAXFP8_HANDLER(jaxfp8_scaled_matmul_v1_initialize, scaled_matmul<Stage::kInitialize>,
-               bind_matmul(ffi::Ffi::BindInitialize()));
-JAXFP8_HANDLER(jaxfp8_scaled_matmul_v1_execute, scaled_matmul<Stage::kExecute>,
-               bind_matmul(ffi::Ffi::Bind()), {ffi::Traits::kCmdBufferCompatible});
-JAXFP8_HANDLER(jaxfp8_quantize_v1_initialize, quantize<Stage::kInitialize>,
-               bind_quantize(ffi::Ffi::BindInitialize()));
-JAXFP8_HANDLER(jaxfp8_quantize_v1_execute, quantize<Stage::kExecute>,
-               bind_quantize(ffi::Ffi::Bind()), {ffi::Traits::kCmdBufferCompatible});
-JAXFP8_HANDLER(jaxfp8_dense_v1_initialize, dense<Stage::kInitialize>,
-               bind_dense(ffi::Ffi::BindInitialize()));
-JAXFP8_HANDLER(jaxfp8_dense_v1_execute, dense<Stage::kExecute>, bind_dense(ffi::Ffi::Bind()),
+JAXFP8_HANDLER(jaxfp8_scaled_matmul_v1_execute, scaled_matmul,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                   .Ctx<ffi::DeviceOrdinal>()
+                   .Arg<ffi::AnyBuffer>()   // lhs
+                   .Arg<ffi::AnyBuffer>()   // qvalue
+                   .Arg<ffi::AnyBuffer>()   // lhs_scale
+                   .Arg<ffi::AnyBuffer>()   // scale
+                   .Arg<ffi::AnyBuffer>()   // bias
+                   .Arg<ffi::AnyBuffer>()   // out_scale
+                   .Ret<ffi::AnyBuffer>()   // out
+                   .Attr<int32_t>("activation")
+                   .Attr<int32_t>("kernel")
+                   .Attr<int64_t>("out_features")
+                   .Attr<int32_t>("promoted"),
+               {ffi::Traits::kCmdBufferCompatible});
+JAXFP8_HANDLER(jaxfp8_quantize_v1_execute, quantize,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                   .Ctx<ffi::DeviceOrdinal>()
+                   .Arg<ffi::AnyBuffer>()   // x
+                   .Arg<ffi::AnyBuffer>()   // x_scale
+                   .Ret<ffi::AnyBuffer>()   // qx
+                   .Ret<ffi::AnyBuffer>(),  // qx_scale
+               {ffi::Traits::kCmdBufferCompatible});
+JAXFP8_HANDLER(jaxfp8_dense_v1_execute, dense,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                   .Ctx<ffi::DeviceOrdinal>()
+                   .Arg<ffi::AnyBuffer>()   // x
+                   .Arg<ffi::AnyBuffer>()   // qvalue
+                   .Arg<ffi::AnyBuffer>()   // scale
+                   .Arg<ffi::AnyBuffer>()   // bias
+                   .Arg<ffi::AnyBuffer>()   // x_scale
+                   .Arg<ffi::AnyBuffer>()   // out_scale
+                   .Ret<ffi::AnyBuffer>()   // out
+                   .Ret<ffi::AnyBuffer>()   // qx, scratch
+                   .Ret<ffi::AnyBuffer>()   // qx_scale, scratch
+                   .Attr<int32_t>("activation")
+                   .Attr<int32_t>("kernel")
+                   .Attr<int64_t>("out_features")
+                   .Attr<int32_t>("promoted"),
                {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jaxfp8

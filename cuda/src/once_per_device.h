@@ -1,4 +1,4 @@
-// What has to be done once on each device, outside of stream capture.
+// What has to be done once on each device before a kernel is launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,8 +8,10 @@
 
 namespace jaxfp8 {
 
-// NOTES: XLA calls a handler's Initialize stage before every execution, so this must be cheap the
-// second time: without it loading 45 modules again took 30 us of host time a call (H200).
+// NOTES: at the first launch, which may be inside a stream capture of XLA's. XLA has a stage for it,
+// Initialize, but calls that before every execution, up to twice a call: 28 us of the host's time
+// for 16 layers (H200, 2026-11-30). Modules may be loaded in any capture whose thread says so; in
+// that of jax 0.11.2 it was seen to work without that too.
 class OncePerDevice {
  public:
   // Runs `prepare` if it has not succeeded yet on the current device. Two threads may both run it.
@@ -19,7 +21,10 @@ class OncePerDevice {
     cudaGetDevice(&device);
     uint64_t const bit = uint64_t{1} << (device % 64);
     if (device < 64 && (done_.load(std::memory_order_acquire) & bit)) return nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
     char const* why = prepare();
+    cudaThreadExchangeStreamCaptureMode(&mode);
     if (why == nullptr) done_.fetch_or(bit, std::memory_order_release);
     return why;
   }

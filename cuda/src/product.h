@@ -70,16 +70,8 @@ inline void print_choice(GemmProblem const& p, Kernel chosen) {
   }
 }
 
-// Before every execution and outside of capture: XLA's Initialize stage.
-inline ffi::Error prepare_gemm(GemmProblem const& p, Kernel chosen) {
-  if (char const* why = gemm_prepare(chosen, p.out_type)) {
-    return failed("preparing the kernel", p, chosen, why);
-  }
-  print_choice(p, chosen);
-  return ffi::Error::Success();
-}
-
 inline ffi::Error launch_gemm(GemmProblem& p, Kernel chosen, int device) {
+  print_choice(p, chosen);
   cudaError_t const status =
       cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return failed("the device", p, chosen, cudaGetErrorString(status));

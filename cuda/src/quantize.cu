@@ -197,12 +197,9 @@ char const* load_all_modules() {
 
 }  // namespace
 
-char const* quantize_prepare() {
-  static OncePerDevice once;
-  return once.call(load_all_modules);
-}
-
 char const* quantize_launch(QuantizeProblem const& problem) {
+  static OncePerDevice once;
+  if (char const* why = once.call(load_all_modules)) return why;
   switch (problem.in) {
     case In::kBF16: return launch<__nv_bfloat16>(problem);
     case In::kF16: return launch<__half>(problem);

@@ -24,8 +24,7 @@ struct QuantizeProblem {
   cudaStream_t stream;
 };
 
-// Returns null, or why it failed.
-char const* quantize_prepare();
+// On the current device, where the first call also loads the kernels. Null, or why it failed.
 char const* quantize_launch(QuantizeProblem const& problem);
 
 }  // namespace jaxfp8

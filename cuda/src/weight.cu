@@ -76,12 +76,9 @@ char const* load_all_modules() {
 
 }  // namespace
 
-char const* weight_prepare() {
-  static OncePerDevice once;
-  return once.call(load_all_modules);
-}
-
 char const* weight_launch(WeightProblem const& problem) {
+  static OncePerDevice once;
+  if (char const* why = once.call(load_all_modules)) return why;
   switch (problem.in) {
     case In::kBF16: return launch<__nv_bfloat16>(problem);
     case In::kF16: return launch<__half>(problem);

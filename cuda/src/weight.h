@@ -23,8 +23,7 @@ struct WeightProblem {
   cudaStream_t stream;
 };
 
-// Returns null, or why it failed.
-char const* weight_prepare();
+// On the current device, where the first call also loads the kernels. Null, or why it failed.
 char const* weight_launch(WeightProblem const& problem);
 
 }  // namespace jaxfp8

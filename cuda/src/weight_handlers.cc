@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <string>
-#include <utility>
 
 #include "ffi_checks.h"
 #include "product.h"
@@ -53,11 +52,10 @@ bool is_floats(ffi::AnyBuffer const& b, int64_t count) {
   return b.element_type() == ffi::F32 && static_cast<int64_t>(b.element_count()) == count;
 }
 
-template <Stage kStage>
 ffi::Error run(WeightProblem const& p, int32_t device) {
   if (p.stack == 0) return ffi::Error::Success();
   OnDevice const guard(device);
-  char const* const why = kStage == Stage::kInitialize ? weight_prepare() : weight_launch(p);
+  char const* const why = weight_launch(p);
   return why == nullptr ? ffi::Error::Success() : refuse("writing a weight failed: ", why);
 }
 
@@ -66,7 +64,6 @@ std::string shape_of_first(ffi::RemainingArgs const& ws) {
   return std::to_string(ws.size()) + " of " + (w.has_value() ? shape_of(*w) : "nothing");
 }
 
-template <Stage kStage>
 ffi::Error weight_scale(cudaStream_t stream, int32_t device, ffi::RemainingArgs ws,
                         ffi::Result<ffi::AnyBuffer> scale, int32_t in_out) {
   WeightProblem p{};
@@ -77,11 +74,10 @@ ffi::Error weight_scale(cudaStream_t stream, int32_t device, ffi::RemainingArgs 
                   ", ", shape_of(*scale));
   }
   p.measured = scale->typed_data<float>();
-  return run<kStage>(p, device);
+  return run(p, device);
 }
 
 // Results: the qvalues, then the scales.
-template <Stage kStage>
 ffi::Error pad_weight(cudaStream_t stream, int32_t device, ffi::AnyBuffer given,
                       ffi::RemainingArgs ws, ffi::RemainingRets results, int32_t in_out) {
   WeightProblem p{};
@@ -107,37 +103,27 @@ ffi::Error pad_weight(cudaStream_t stream, int32_t device, ffi::AnyBuffer given,
                   ", given ", shape_of(given), " and ", results.size(), " results");
   }
   p.given = given.element_count() == 0 ? nullptr : given.typed_data<float>();
-  return run<kStage>(p, device);
-}
-
-template <class Binding>
-auto bind_scale(Binding binding) {
-  return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .RemainingArgs()                 // weights
-      .template Ret<ffi::AnyBuffer>()  // scale
-      .template Attr<int32_t>("in_out");
-}
-
-template <class Binding>
-auto bind_pad(Binding binding) {
-  return std::move(binding).template Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .template Ctx<ffi::DeviceOrdinal>()
-      .template Arg<ffi::AnyBuffer>()  // given
-      .RemainingArgs()                 // weights
-      .RemainingRets()                 // qvalues, scales
-      .template Attr<int32_t>("in_out");
+  return run(p, device);
 }
 
 }  // namespace
 
-JAXFP8_HANDLER(jaxfp8_weight_scale_v1_initialize, weight_scale<Stage::kInitialize>,
-               bind_scale(ffi::Ffi::BindInitialize()));
-JAXFP8_HANDLER(jaxfp8_weight_scale_v1_execute, weight_scale<Stage::kExecute>,
-               bind_scale(ffi::Ffi::Bind()), {ffi::Traits::kCmdBufferCompatible});
-JAXFP8_HANDLER(jaxfp8_pad_weight_v1_initialize, pad_weight<Stage::kInitialize>,
-               bind_pad(ffi::Ffi::BindInitialize()));
-JAXFP8_HANDLER(jaxfp8_pad_weight_v1_execute, pad_weight<Stage::kExecute>,
-               bind_pad(ffi::Ffi::Bind()), {ffi::Traits::kCmdBufferCompatible});
+JAXFP8_HANDLER(jaxfp8_weight_scale_v1_execute, weight_scale,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                   .Ctx<ffi::DeviceOrdinal>()
+                   .RemainingArgs()        // weights
+                   .Ret<ffi::AnyBuffer>()  // scale
+                   .Attr<int32_t>("in_out"),
+               {ffi::Traits::kCmdBufferCompatible});
+JAXFP8_HANDLER(jaxfp8_pad_weight_v1_execute, pad_weight,
+               ffi::Ffi::Bind()
+                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                   .Ctx<ffi::DeviceOrdinal>()
+                   .Arg<ffi::AnyBuffer>()  // given
+                   .RemainingArgs()        // weights
+                   .RemainingRets()        // qvalues, scales
+                   .Attr<int32_t>("in_out"),
+               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jaxfp8
