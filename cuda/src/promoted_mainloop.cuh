@@ -7,7 +7,8 @@
 namespace jaxfp8 {
 
 // Base's loads and a loop of our own. A warpgroup multiplies each K tile in parts: 64 of its rows
-// with all columns of the tile, or with half of them, into one of two sets of sums in turn.
+// with all columns of the tile, or with half of them, into one of two sets of sums in turn. The
+// first K tile's products are the first sums.
 //
 // NOTES: the tensor core must have work while a warpgroup adds. CUTLASS's loop leaves that to
 // chance: two warpgroups that wait for the same K tile start together, share the tensor core, end
@@ -17,12 +18,19 @@ namespace jaxfp8 {
 // work in it (kAhead; H200, 2026-11-23 and 24). 256x4096x4096 took 14.2 us, and takes 9.5.
 //
 // Both sets and the tile's sums must fit the registers: half of the columns where those are many.
-// And ptxas serializes the MMAs (C7514) if one is under way where the loop begins again: so it has
-// several K tiles in a row and then waits, which leaves the tensor core to the other warpgroup of a
-// Cooperative kernel, and idle in a Pingpong one.
+// An MMA may be under way where the loop begins again, if the first thing that it does then is to
+// wait for all of them; with wait_group 1 there ptxas serializes all MMAs (C7514), and with sums
+// read there that a wait before the loop's end has made ready it waits once more (C7517). So a
+// turn's last part is added in the next turn, behind that one's first MMAs. And to set a tile's
+// sums to zero (CS2R) costs 3 to 6 clocks a register, while the tensor core has nothing to do:
+// 128x192 with K = 1280 takes 1.035 of the time with 100 more. Cooperative 128x128 takes 0.94 to
+// 0.97 of its time for both together (K >= 4096), 256x128 0.99, 128x192 0.98 to 1.00, swapped
+// Pingpong 64x128 0.94 to 0.96, Pingpong 128x128 0.91 (H200, 2026-11-30, in turn, the same bits).
 // Tried, of no use: two warpgroups with a tile and loads of their own each, so that one multiplies
 // while the other stores (128x96, 64x128: slower at 18 of 19 shapes); 128x144, the widest tile
-// whose three sets fit without halves (with 216 for kMostSums; never the best).
+// whose three sets fit without halves (with 216 for kMostSums; never the best); one warpgroup of a
+// Cooperative kernel a K tile or two behind the other, so that one has MMAs while the other stores
+// (1.00 to 1.01); the K tile released before the next MMAs are asked for (1.00 to 1.02).
 template <class Base>
 struct PromotedMainloop : Base {
   static constexpr int kGroups = cute::size(typename Base::TiledMma{}) / 128;
@@ -72,11 +80,14 @@ struct PromotedMainloop : Base {
     Part odd;
     static_assert(decltype(size(odd))::value == kPartSums, "one MMA spans a part's columns");
     auto done = state;
-    clear(sums);
 
-    auto const issue = [&](auto i, auto& set) {
+    auto const issue = [&](auto i, auto& set, auto... arrived) {
       constexpr int kPart = decltype(i)::value % kParts;
-      if constexpr (kPart == 0) pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      if constexpr (sizeof...(arrived) > 0) {
+        pipeline.consumer_wait(state, arrived...);
+      } else if constexpr (kPart == 0) {
+        pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
+      }
       warpgroup_fence_operand(set);
       cute::warpgroup_arrive();
       part_mma.accumulate_ = GMMA::ScaleOut::Zero;
@@ -89,45 +100,81 @@ struct PromotedMainloop : Base {
       cute::warpgroup_commit_batch();
       if constexpr (kPart == kParts - 1) ++state;
     };
-    auto const add = [&](auto i, auto& set) {
+    auto const release = [&] {
+      pipeline.consumer_release(done);
+      ++done;
+    };
+    // The sums that a part's products belong to.
+    auto const sums_of = [&](auto i) {
       constexpr int kPart = decltype(i)::value % kParts;
+      auto const first = sums.layout()(kPart % kColumnParts * kPartSums, kPart / kColumnParts, 0);
+      return make_tensor(sums.data() + first, Part{}.layout());
+    };
+    // With the last part of a K tile its memory is released, unless there is none.
+    auto const add = [&](auto i, auto& set, auto... is_there) {
       warpgroup_fence_operand(set);
-      if constexpr (kPart == kParts - 1) {
-        pipeline.consumer_release(done);
-        ++done;
+      if constexpr (decltype(i)::value % kParts == kParts - 1) {
+        if ((is_there && ...)) release();
       }
+      auto to = sums_of(i);
       CUTLASS_PRAGMA_UNROLL
-      for (int sum = 0; sum < kPartSums; ++sum) {
-        sums(kPart % kColumnParts * kPartSums + sum, kPart / kColumnParts, 0) += set(sum);
-      }
+      for (int sum = 0; sum < kPartSums; ++sum) to(sum) += set(sum);
       warpgroup_fence_operand(sums);  // added here; moved further down they want more registers
     };
+
+    if constexpr (kAhead) {
+      if (!begun) issue(_0{}, even);
+    }
+    for_each(make_int_sequence<kParts>{}, [&](auto i) {
+      if constexpr (!kAhead || decltype(i)::value > 0) {
+        auto first = sums_of(i);
+        issue(i, first);
+      }
+    });
+    clear(odd);  // while they are under way
+    warpgroup_fence_operand(odd);
+    cute::warpgroup_wait<0>();
+    warpgroup_fence_operand(sums);
+    if constexpr (kAhead) {
+      warpgroup_fence_operand(even);
+      copy(even, sums_of(_0{}));
+    }
+    release();
+    --k_tiles;
+
+    // Whether `odd` has the last part of a K tile, done or under way and not yet added; else zeros.
+    bool left = false;
+    Int<kParts - 1> const last;
     auto const multiply = [&](auto tiles) {
-      constexpr int kCount = decltype(tiles)::value * kParts;
-      for_each(make_int_sequence<kCount>{}, [&](auto i) {
-        if (decltype(i)::value == 0 && begun) {
-          begun = false;  // the part has not ended a K tile: kParts > 1
-        } else {
-          issue(i, decltype(i)::value % 2 == 0 ? even : odd);
-        }
-        if constexpr (decltype(i)::value > 0) {
-          cute::warpgroup_wait<1>();
-          add(i - _1{}, decltype(i)::value % 2 == 0 ? odd : even);
-        }
-      });
+      auto const arrived = pipeline.consumer_try_wait(state);
       cute::warpgroup_wait<0>();
-      add(Int<kCount - 1>{}, kCount % 2 == 0 ? odd : even);
+      issue(_0{}, even, arrived);
+      add(last, odd, left);
+      for_each(make_int_sequence<decltype(tiles)::value * kParts - 1>{}, [&](auto i) {
+        constexpr bool kOdd = decltype(i)::value % 2 == 1;
+        issue(i + _1{}, kOdd ? even : odd);
+        cute::warpgroup_wait<1>();
+        add(i, kOdd ? odd : even);
+      });
+      left = true;
     };
     CUTLASS_PRAGMA_NO_UNROLL
     for (; k_tiles >= kTogether; k_tiles -= kTogether) multiply(Int<kTogether>{});
-    if constexpr (kParts == 1) {
-      if (k_tiles >= 2) {
-        multiply(_2{});
-        k_tiles -= 2;
+    if constexpr (kParts > 1) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (; k_tiles > 0; --k_tiles) multiply(_1{});
+    } else {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (; k_tiles >= 2; k_tiles -= 2) multiply(_2{});
+      if (k_tiles > 0) {
+        multiply(_1{});
+        cute::warpgroup_wait<0>();
+        add(last, even);
+        return;
       }
     }
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (; k_tiles > 0; --k_tiles) multiply(_1{});
+    cute::warpgroup_wait<0>();
+    add(last, odd, left);
     if (next) issue(_0{}, even);
   }
 
