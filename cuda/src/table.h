@@ -23,14 +23,15 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // 2026-11-30: dependent launch, weights rotated past the L2, 332 shapes: the grid of `gemm`, the
 // shapes of `gemm --between` and eight further weights. `python -m benchmarks tune` fits the
 // constants to such times and then searches near the fit for those whose choices cost least. The
-// promoted kernels have the best of 60 such searches from fits changed at random. The fast ones of up to 64x64 and the memory have the constants of the times of
-// 2026-11-24, with which few rows behind a quantize kernel were timed (kLate); those of larger ones were
-// changed at random where that cost less, but for the choices of `gemm`'s grid from K = 4096 on: there
-// another table with as good a score cost MLP blocks 2 to 4 % behind quantize (Pingpong in place of
-// Cooperative 128x128 for 512x4096x14336, 49.8 us in the block and 44.0). The best kernel's time / the
-// chosen one's is 0.997 in geometric mean and 0.928 at worst (1500x512x3584), promoted 0.998 and 0.933
-// (64x2304x768); with the fit alone 0.992 and 0.817, 0.992 and 0.923. At 44 other shapes 0.991 and 0.884
-// (350x3424x1280; before 0.992 and the same), promoted 0.999 and 0.981 (80x1280x1280).
+// promoted kernels have the best of 60 such searches from fits changed at random. The fast ones of
+// up to 64x64 and the memory have the constants of the times of 2026-11-24, with which few rows
+// behind a quantize kernel were timed (kLate); those of larger ones were changed at random where
+// that cost less, but for the choices of `gemm`'s grid from K = 4096 on: there another table with
+// as good a score cost MLP blocks 2 to 4 % behind quantize (Pingpong in place of Cooperative
+// 128x128 for 512x4096x14336, 49.8 us in the block and 44.0). The best kernel's time / the chosen
+// one's is 0.997 in geometric mean and 0.928 at worst (1500x512x3584), promoted 0.998 and 0.933
+// (64x2304x768); with the fit alone 0.992 and 0.817, 0.992 and 0.923. At 44 other shapes 0.991 and
+// 0.884 (350x3424x1280; before 0.992 and the same), promoted 0.999 and 0.981 (80x1280x1280).
 //
 // The fastest of the 20 fast kernels takes 0.79 to 1.01 of the time of the fastest of the 11 that
 // were here before: blocks of a cluster load x or the weight once for all of them, and a cluster of
