@@ -121,7 +121,9 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
   if (classes.count * classes.rows(p.m) <= qx->dimensions()[0]) p.classes = q.classes = classes;
   OnDevice const guard(device);
   q.lets_next_start = p.dependent = starts_early(p.m, p.n, p.k);
-  if (char const* why = quantize_launch(q)) return failed("the quantize kernel", p, chosen, why);
+  if (char const* why = quantize_launch(q)) {
+    return failed("loading or launching the quantize kernel", p, chosen, why);
+  }
   return launch_gemm(p, chosen, device);
 }
 

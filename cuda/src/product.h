@@ -1,4 +1,4 @@
-// A product as XLA hands it over: described, checked, prepared and launched.
+// A product as XLA hands it over: described, checked and launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -75,7 +75,9 @@ inline ffi::Error launch_gemm(GemmProblem& p, Kernel chosen, int device) {
   cudaError_t const status =
       cudaDeviceGetAttribute(&p.sm_count, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return failed("the device", p, chosen, cudaGetErrorString(status));
-  if (char const* why = gemm_launch(chosen, p)) return failed("the launch", p, chosen, why);
+  if (char const* why = gemm_launch(chosen, p)) {
+    return failed("loading or launching the kernel", p, chosen, why);
+  }
   return ffi::Error::Success();
 }
 

@@ -22,10 +22,11 @@ namespace jaxfp8 {
 // wait for all of them; with wait_group 1 there ptxas serializes all MMAs (C7514), and with sums
 // read there that a wait before the loop's end has made ready it waits once more (C7517). So a
 // turn's last part is added in the next turn, behind that one's first MMAs. And to set a tile's
-// sums to zero (CS2R) costs 3 to 6 clocks a register, while the tensor core has nothing to do:
-// 128x192 with K = 1280 takes 1.035 of the time with 100 more. Cooperative 128x128 takes 0.94 to
-// 0.97 of its time for both together (K >= 4096), 256x128 0.99, 128x192 0.98 to 1.00, swapped
-// Pingpong 64x128 0.94 to 0.96, Pingpong 128x128 0.91 (H200, 2026-11-30, in turn, the same bits).
+// sums to zero (CS2R) takes time in which the tensor core has nothing to do: 8192x3424x1280 in
+// tiles of 128x192 takes 67.2 us without, 68.8 with it, and 70.3 where ptxas does it twice.
+// Cooperative 128x128 takes 0.94 to 0.97 of its time for both together (K >= 4096), 256x128 0.99,
+// 128x192 0.98 to 1.00, swapped Pingpong 64x128 0.94 to 0.96, Pingpong 128x128 0.91 to 0.97 (H200,
+// 2026-11-30, in turn, the same bits).
 // Tried, of no use: two warpgroups with a tile and loads of their own each, so that one multiplies
 // while the other stores (128x96, 64x128: slower at 18 of 19 shapes); 128x144, the widest tile
 // whose three sets fit without halves (with 216 for kMostSums; never the best); one warpgroup of a

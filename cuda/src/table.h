@@ -37,13 +37,13 @@ enum class Input { kWholeTiles, kQuantizedHere, kRowsAlone };
 // were here before: blocks of a cluster load x or the weight once for all of them, and a cluster of
 // two or four has more multiprocessors load the weight than there are tiles with rows of x in them.
 //
-// Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in geometric
-// mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24 fast 256x128
-// 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2, 64x80 2x2, swapped
-// 64x64x256 of two; promoted clusters of 128x128; on 2026-11-30, beside the present ones at 14 large
-// shapes, fast 256x128 and 128x256 in clusters of two and Pingpong 128x128 2x1. Promoted Pingpong
-// 128x128 is the best at 3 of these 376 shapes. How many clusters of eight run at once is another number
-// on every chip.
+// Compiled, timed and left out, as the best choice without them was at most 0.1 % slower in
+// geometric mean: on 2026-11-22 fast Cooperative 128x256, fast Pingpong 64x128 2x1; on 2026-11-24
+// fast 256x128 1x2 and 2x1, 64x256 of both operand orders, 128x64, 128x128 2x2 and 128x160 2x2,
+// 64x80 2x2, swapped 64x64x256 of two; promoted clusters of 128x128; on 2026-11-30, beside the
+// present ones at 14 large shapes, fast 256x128 and 128x256 in clusters of two and Pingpong 128x128
+// 2x1. Promoted Pingpong 128x128 is the best at 3 of these 376 shapes. How many clusters of eight
+// run at once is another number on every chip.
 inline constexpr Row kTable[] = {
     // clang-format off
     // kernel                                  k_tile  tile   launch
