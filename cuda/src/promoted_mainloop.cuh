@@ -31,7 +31,7 @@ namespace jaxfp8 {
 // while the other stores (128x96, 64x128: slower at 18 of 19 shapes); 128x144, the widest tile
 // whose three sets fit without halves (with 216 for kMostSums; never the best); one warpgroup of a
 // Cooperative kernel a K tile or two behind the other, so that one has MMAs while the other stores
-// (1.00 to 1.01); the K tile released before the next MMAs are asked for (1.00 to 1.02).
+// (1.00 to 1.02); the K tile released before the next MMAs are asked for (1.00 to 1.03).
 template <class Base>
 struct PromotedMainloop : Base {
   static constexpr int kGroups = cute::size(typename Base::TiledMma{}) / 128;
