@@ -34,6 +34,35 @@ class DenseStack(nn.Module):
         return x
 
 
+class ScannedDenseStack(nn.Module):
+    """The same in FP8 as an unrolled `nn.scan` over pairs of layers: few arrays, one for many.
+
+    XLA gives the custom call the place of a layer in the stack, and copies none of the weights.
+    """
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        pairs = len(self.widths) // 2
+        scan = nn.scan(
+            lambda pair, x, _: (pair(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=pairs,
+            unroll=pairs,
+        )
+        x, _ = scan(DenseStack(self.widths[:3], "fp8", name="pairs"), x, None)
+        return x
+
+
+def stacked(params: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a DenseStack as a ScannedDenseStack has it."""
+    each = [(params[f"dense_{i}"], params[f"dense_{i + 1}"]) for i in range(0, len(params), 2)]
+    first, second = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return {"pairs": {"dense_0": first, "dense_1": second}}
+
+
 def widths(sizes: tuple[int, int], layers: int) -> tuple[int, ...]:
     """The widths of a stack of `layers`, of which every other one is of each of two `sizes`."""
     return tuple(sizes[i % 2] for i in range(layers + 1))

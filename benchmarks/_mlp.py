@@ -20,9 +20,9 @@ class Block(nn.Module):
     """x + down(gelu(up(x))), `features` -> `hidden` -> `features`, bfloat16 in and out.
 
     Attributes:
-        kind: "fp8" is PaddedFP8Dense with the gelu in its epilogue, "static" the same whose first
-            layer gives e4m3 by a static scale, "bf16" nn.Dense, "flax" nn.Dense with Flax's own
-            FP8 product.
+        kind: "fp8" is PaddedFP8Dense with gelu and residual in its epilogues, "static" the same
+            whose first layer gives e4m3 by a static scale, "bf16" nn.Dense, "flax" nn.Dense with
+            Flax's own FP8 product.
     """
 
     features: int
@@ -33,11 +33,11 @@ class Block(nn.Module):
     def __call__(self, x):
         if self.kind == "fp8":
             h = PaddedFP8Dense(self.hidden, activation="gelu", name="up")(x)
-            return x + PaddedFP8Dense(self.features, name="down")(h)
+            return PaddedFP8Dense(self.features, name="down")(h, residual=x)
         if self.kind == "static":
             scale = self.param("hidden_scale", nn.initializers.ones, (), jnp.float32)
             h = PaddedFP8Dense(self.hidden, activation="gelu", name="up")(x, out_scale=scale)
-            return x + PaddedFP8Dense(self.features, dtype=x.dtype, name="down")(h)
+            return PaddedFP8Dense(self.features, dtype=x.dtype, name="down")(h, residual=x)
         options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
         if self.kind == "flax":
             options["dot_general_cls"] = fp8_ops.Fp8DirectDotGeneralOp

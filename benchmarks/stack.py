@@ -6,9 +6,10 @@ result is "held" until the next one is there (`y = f(x)` in a loop), or "dropped
 call (`y = None; y = f(x)`, or x donated to a result of its shape), which then has its memory.
 Kernels are counted a layer. "In graphs" is the share of them that CUDA graphs launched, which XLA
 calls command buffers; XLA writes a graph again ("graphs updated", a call) when a buffer in it has
-moved. Beside it the same stack of nn.Dense in bfloat16, in turn, and
-"arguments": a program that takes the FP8 stack's arrays and adds 1 to x, which is what JAX itself
-needs to call a program of so many arguments.
+moved. Beside it, in turn, the same stack of nn.Dense in bfloat16, and "nn.scan", the FP8 stack as
+an unrolled `nn.scan` over pairs of layers, which has a few stacked arrays in place of 48.
+"Arguments" is a program that takes the FP8 stack's arrays and adds 1 to x: what JAX itself needs to
+call a program of so many arguments.
 
 `--graphs` runs all of that under several XLA_FLAGS, each in a process of its own: as XLA chooses,
 without command buffers, and with them from one command on.
@@ -28,7 +29,7 @@ import numpy as np
 from benchmarks import _clocks, _dense_stack, _device, _graphs, _hlo, _mlp, _report, shapes
 
 
-KINDS = ("fp8", "bf16")
+KINDS = ("fp8", "bf16", "scanned")
 WALLS = {"wall": "held", "dropped": "dropped"}
 # Of sixteen products, each with both operands rounded to 3 mantissa bits: 0.04 each, and they add
 # as independent ones. A layer in another's place gives 1.4, a scale twice too large 1.
@@ -67,11 +68,15 @@ def run(options: argparse.Namespace) -> int:
         if made_for != widths:
             params, made_for = {}, widths  # free the old ones first
             dense = _dense_stack.dense_params(widths)
-            params = {"bf16": dense, "fp8": _mlp.fp8_layers(dense)}
+            fp8 = _mlp.fp8_layers(dense)
+            params = {"bf16": dense, "fp8": fp8, "scanned": _dense_stack.stacked(fp8)}
         stack = {kind: _compile(kind, widths, m, params[kind]) for kind in KINDS}
         trace = on_gpu and not options.no_trace
-        arguments = _arguments_alone(widths, m, params["fp8"])
-        rows.append(measure(stack, arguments, widths, m, options.rounds, trace=trace))
+        floor = {
+            "arguments": _arguments_alone(widths, m, params["fp8"]),
+            "arguments of nn.scan": _arguments_alone(widths, m, params["scanned"]),
+        }
+        rows.append(measure(stack, floor, widths, m, options.rounds, trace=trace))
     content = {
         "benchmark": "stack",
         "is_gpu_number": on_gpu,
@@ -81,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     }
     _print({"": rows})
     _report.write_json(options.out, "stack", content)
-    return int(not all(row["error"] < ERROR_LIMIT for row in rows))  # false for NaN
+    errors = [error for row in rows for error in row["errors"].values()]
+    return int(not all(error < ERROR_LIMIT for error in errors))  # false for NaN
 
 
 def run_settings(options: argparse.Namespace) -> int:
@@ -112,7 +118,7 @@ def run_settings(options: argparse.Namespace) -> int:
 
 def measure(
     stack: dict[str, Compiled],
-    arguments: Callable[[], jax.Array],
+    floor: dict[str, Callable[[], jax.Array]],
     widths: tuple[int, ...],
     m: int,
     rounds: int,
@@ -126,10 +132,9 @@ def measure(
     clocked = _clocks.measure(
         calls, dict.fromkeys(stack, layers), rounds, trace=trace, graphs=trace, dropped=True
     )
-    floor = {"arguments": arguments}
     bare = _clocks.measure(floor, dict.fromkeys(floor, layers), rounds, trace=False)
     microseconds = {kind: clocked.microseconds(kind) for kind in stack}
-    microseconds["arguments"] = bare.microseconds("arguments")
+    microseconds |= {name: bare.microseconds(name) for name in floor}
     sizes = list(zip(widths[:-1], widths[1:], strict=True))
     graphs: dict[str, dict[str, Any]] = {}
     for kind, compiled in stack.items():
@@ -142,7 +147,11 @@ def measure(
         "widths": sorted(set(widths)),
         "layers": layers,
         "m": m,
-        "error": _clocks.relative_error(outputs["fp8"], outputs["bf16"]),
+        "errors": {
+            kind: _clocks.relative_error(outputs[kind], outputs["bf16"])
+            for kind in stack
+            if kind != "bf16"
+        },
         "microseconds": microseconds,
         "over_busy": {
             clock: {
@@ -151,7 +160,7 @@ def measure(
             }
             for clock in WALLS
         },
-        "bf16_over_ours": clocked.ratio("bf16", "fp8"),
+        "bf16_over": {kind: clocked.ratio("bf16", kind) for kind in stack if kind != "bf16"},
         "kernels": {kind: clocked.kernels(kind) for kind in stack},
         "graphs": graphs,
         "hlo": {kind: _hlo.read(c.text, sizes) for kind, c in stack.items()},
@@ -163,14 +172,17 @@ def _label(case: tuple[tuple[int, ...], int]) -> str:
     return f"M={m}, {_name(sorted(set(widths)))}"
 
 
-def _name(sizes: Sequence[int]) -> str:
-    return "-".join(map(str, [*sizes, sizes[0]]))
+def _name(sizes: Sequence[int], kind: str = "fp8") -> str:
+    return "-".join(map(str, [*sizes, sizes[0]])) + (", nn.scan" if kind == "scanned" else "")
 
 
 def _compile(kind: str, widths: tuple[int, ...], m: int, params: dict[str, Any]) -> Compiled:
     x = jax.random.normal(jax.random.key(1), (m, widths[0]), jnp.bfloat16)
     variables = {"params": params}
-    apply = jax.jit(_dense_stack.DenseStack(widths, kind).apply)
+    model: Any = _dense_stack.DenseStack(widths, kind)
+    if kind == "scanned":
+        model = _dense_stack.ScannedDenseStack(widths)
+    apply = jax.jit(model.apply)
     compiled = apply.lower(variables, x).compile()
     return Compiled(lambda: compiled(variables, x), compiled.as_text() or "")
 
@@ -184,7 +196,10 @@ def _arguments_alone(
 
 
 def _print(settings: dict[str, list[dict[str, Any]]]) -> None:
-    """One line for each setting, stack and M; the settings of one stack and M beside each other."""
+    """One line for each setting, stack and M, and one for it under `nn.scan`.
+
+    The settings of one stack and M lie beside each other.
+    """
     columns = ["XLA_FLAGS"] if len(settings) > 1 else []
     columns += ["stack", "M", "arguments\nwall"]
     for name in ("ours", "bf16"):
@@ -197,23 +212,26 @@ def _print(settings: dict[str, list[dict[str, Any]]]) -> None:
     lines = []
     for rows in zip(*settings.values(), strict=True):
         for setting, row in zip(settings, rows, strict=True):
-            lines.append([*([setting] if len(settings) > 1 else []), *_line(row)])
+            for kind in row["bf16_over"]:
+                lines.append([*([setting] if len(settings) > 1 else []), *_line(row, kind)])
     _report.print_table("Dense layers, microseconds a layer", columns, lines)
     for setting, rows in settings.items():
         for row in rows:
-            ratios = {WALLS[clock]: ratio["fp8"] for clock, ratio in row["over_busy"].items()}
-            if None not in ratios.values() and row["m"] in TARGET:
-                said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-                print(
-                    f"{setting or 'wall / busy'}, {_name(row['widths'])}, M={row['m']}: "
-                    f"{said}, target {TARGET[row['m']]:.2f}"
-                )
+            for kind in row["bf16_over"]:
+                ratios = {WALLS[clock]: over[kind] for clock, over in row["over_busy"].items()}
+                if None not in ratios.values() and row["m"] in TARGET:
+                    said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+                    print(
+                        f"{setting or 'wall / busy'}, {_name(row['widths'], kind)}, M={row['m']}: "
+                        f"{said}, target {TARGET[row['m']]:.2f}"
+                    )
 
 
-def _line(row: dict[str, Any]) -> list[_report.Cell]:
-    line: list[_report.Cell] = [_name(row["widths"]), str(row["m"])]
-    line.append(_report.number(row["microseconds"]["arguments"]["wall"], 2))
-    for kind in KINDS:
+def _line(row: dict[str, Any], ours: str) -> list[_report.Cell]:
+    line: list[_report.Cell] = [_name(row["widths"], ours), str(row["m"])]
+    arguments = "arguments of nn.scan" if ours == "scanned" else "arguments"
+    line.append(_report.number(row["microseconds"][arguments]["wall"], 2))
+    for kind in (ours, "bf16"):
         times = row["microseconds"][kind]
         line.append(_report.number(times.get("busy"), 2))
         for clock in WALLS:
@@ -221,12 +239,12 @@ def _line(row: dict[str, Any]) -> list[_report.Cell]:
             within = ratio is not None and ratio <= max(TARGET.values())
             line.append(_report.number(times[clock], 2))
             line.append((_report.number(ratio, 2), "green" if within else ""))
-    line += [_report.ratio_cell(row["bf16_over_ours"].get(clock)) for clock in ("busy", *WALLS)]
-    line += [_report.number(row["kernels"][kind], 1) for kind in KINDS]
-    for kind in KINDS:
+    line += [_report.ratio_cell(row["bf16_over"][ours].get(clock)) for clock in ("busy", *WALLS)]
+    line += [_report.number(row["kernels"][kind], 1) for kind in (ours, "bf16")]
+    for kind in (ours, "bf16"):
         graphs = row["graphs"][kind]
         line.append(_graphs.captured(graphs["share"], graphs["marks"], graphs["in_program"]))
-    marks = row["graphs"]["fp8"]["marks"]
+    marks = row["graphs"][ours]["marks"]
     line.append(_report.number(marks and marks["updated"], 1))
-    line.append(f"{row['error']:.3f}")
+    line.append(f"{row['errors'][ours]:.3f}")
     return line

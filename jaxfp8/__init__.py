@@ -4,13 +4,13 @@ from jaxfp8._dispatch import export_safety_checks as export_safety_checks
 from jaxfp8._rows import update_rows as update_rows
 from jaxfp8.calibrate import calibrate as calibrate
 from jaxfp8.calibrate import with_x_scales as with_x_scales
+from jaxfp8.dense_float import fp8_dense_float as fp8_dense_float
 from jaxfp8.doctor import Report as Report
 from jaxfp8.doctor import doctor as doctor
 from jaxfp8.inputs import QuantizedInput as QuantizedInput
 from jaxfp8.inputs import quantize_input as quantize_input
 from jaxfp8.linen import PaddedFP8Dense as PaddedFP8Dense
 from jaxfp8.matmul import fp8_dense as fp8_dense
-from jaxfp8.matmul import fp8_dense_float as fp8_dense_float
 from jaxfp8.matmul import scaled_matmul as scaled_matmul
 from jaxfp8.padded import DenseWeight as DenseWeight
 from jaxfp8.padded import FP8Weight as FP8Weight

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ TMA_BYTES = 16
 # slower to leave out than to read (`with_readable_rows` in `cuda/src/gemm.cuh`).
 TILE_ROWS = 256
 # What this package asks of the handlers; `kCalls` in `cuda/src/build_info.cc` says what they take.
-CALLS = 5
+CALLS = 6
 HOW_TO_INSTALL = "Build and install it with `make cuda` in a checkout of jaxfp8 (some minutes)."
 
 
@@ -159,6 +160,7 @@ def scaled_matmul(
     rhs_scale: Float32[Array, "..."],
     bias: Float32[Array, " N"] | None,
     out_scale: Float32[Array, ""] | None = None,
+    residual: Float[Array, "M N"] | None = None,
     *,
     out_features: int,
     activation: str | None,
@@ -166,10 +168,14 @@ def scaled_matmul(
     promoted: bool,
 ) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
     """`_xla.scaled_matmul` as a custom call."""
+    if residual is not None and not _adds(out_features, out_dtype):
+        operands = lhs, rhs, lhs_scale, rhs_scale, bias, None
+        product = functools.partial(scaled_matmul, *operands, promoted=promoted)
+        return _add_apart(product, residual, out_features, activation, out_dtype)
     (out,) = call(
         MATMUL_TARGET,
         [_result(lhs.shape[0], rhs, out_features, out_dtype)],
-        [lhs, rhs, lhs_scale, rhs_scale, or_empty(bias), or_empty(out_scale)],
+        [lhs, rhs, lhs_scale, rhs_scale, *map(or_empty, (bias, out_scale, residual))],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
         kernel=FROM_TABLE,
@@ -198,6 +204,7 @@ def dense(
     bias: Float32[Array, " N"] | None,
     x_scale: Float32[Array, ""] | None,
     out_scale: Float32[Array, ""] | None = None,
+    residual: Float[Array, "M N"] | None = None,
     *,
     out_features: int,
     activation: str | None,
@@ -205,6 +212,10 @@ def dense(
     promoted: bool,
 ) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
     """`_xla.dense` as one custom call: a quantize kernel and the GEMM behind it."""
+    if residual is not None and not _adds(out_features, out_dtype):
+        operands = x, qvalue, scale, bias, x_scale, None
+        product = functools.partial(dense, *operands, promoted=promoted)
+        return _add_apart(product, residual, out_features, activation, out_dtype)
     m, k_pad = x.shape[0], qvalue.shape[1]
     rows = scratch_rows(m, out_features, out_dtype)
     out, _, _ = call(
@@ -214,7 +225,7 @@ def dense(
             ((rows, k_pad), qvalue.dtype),  # scratch: the quantized x
             ((rows,), jnp.float32),  # scratch: its scales
         ],
-        [x, qvalue, scale, or_empty(bias), or_empty(x_scale), or_empty(out_scale)],
+        [x, qvalue, scale, *map(or_empty, (bias, x_scale, out_scale, residual))],
         out_features=np.int64(out_features),
         activation=_activation_code(activation),
         kernel=FROM_TABLE,
@@ -228,13 +239,35 @@ def _result(m: Any, qvalue: jax.Array, out_features: int, out_dtype: Any) -> tup
     return (m, qvalue.shape[0] if is_fp8(out_dtype) else out_features), out_dtype
 
 
+def _by_tma(out_features: int, out_dtype: Any) -> bool:
+    """Whether TMA addresses the rows of a result."""
+    return out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES == 0
+
+
+def _adds(out_features: int, out_dtype: Any) -> bool:
+    """Whether there are kernels that add a residual: to rows of 16 bits that TMA addresses."""
+    return jnp.dtype(out_dtype).itemsize == 2 and _by_tma(out_features, out_dtype)
+
+
+def _add_apart(
+    product: Callable[..., jax.Array],
+    residual: Float[Array, "M N"],
+    out_features: int,
+    activation: str | None,
+    out_dtype: Any,
+) -> Float[Array, "M N"]:
+    """Any other residual is added by XLA, in float32 and rounded once, as in the epilogue."""
+    y = product(out_features=out_features, activation=activation, out_dtype=jnp.float32)
+    return (y + residual.astype(jnp.float32)).astype(out_dtype)
+
+
 def scratch_rows(m: Any, out_features: int, out_dtype: Any) -> Any:
     """The rows of the dense call's scratch: whole tiles, whose rest is read and never used.
 
     M may be symbolic.
     """
     tiles = (m + TILE_ROWS - 1) // TILE_ROWS
-    if not is_fp8(out_dtype) and out_features * jnp.dtype(out_dtype).itemsize % TMA_BYTES:
+    if not is_fp8(out_dtype) and not _by_tma(out_features, out_dtype):
         tiles += 1  # each of up to 8 classes of rows ends in a tile, the last behind all others
     return tiles * TILE_ROWS
 

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @functools.cache
 def matmul_operation(out_features, activation, out_dtype, promoted, implementation):
-    """`(lhs, rhs, lhs_scale, rhs_scale, bias, out_scale) -> [M, N]`.
+    """`(lhs, rhs, lhs_scale, rhs_scale, bias, out_scale, residual) -> [M, N]`.
 
-    Differentiable in the scales and the bias, if the result is a float.
+    Differentiable in the scales, the bias and the residual, if the result is a float.
     """
     static = dict(
         out_features=out_features, activation=activation, out_dtype=out_dtype, promoted=promoted
     )
 
-    @fold_rows(rows=(True, False, None, False, False, False))
+    @fold_rows(rows=(True, False, None, False, False, False, True))
     def primal(*args):
         return _dispatch.call("scaled_matmul", implementation, *args, **static)
 
@@ -54,10 +54,13 @@ def matmul_operation(out_features, activation, out_dtype, promoted, implementati
 
 @functools.cache
 def dense_operation(activation, out_dtype, promoted, implementation):
-    """`(x, kernel, bias, x_scale, out_scale) -> [M, N]`, differentiable in x and bias."""
+    """`(x, kernel, bias, x_scale, out_scale, residual) -> [M, N]`.
 
-    @fold_rows(rows=(True, False, False, False, False))
-    def primal(x, kernel, bias, x_scale, out_scale):
+    Differentiable in x, the bias and the residual.
+    """
+
+    @fold_rows(rows=(True, False, False, False, False, True))
+    def primal(x, kernel, bias, x_scale, out_scale, residual):
         return _dispatch.call(
             "dense",
             implementation,
@@ -67,6 +70,7 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             bias,
             x_scale,
             out_scale,
+            residual,
             out_features=kernel.out_features,
             activation=activation,
             out_dtype=out_dtype,
@@ -77,8 +81,8 @@ def dense_operation(activation, out_dtype, promoted, implementation):
 
     @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        _, kernel, bias, _, _ = primals
-        x_dot, kernel_dot, bias_dot, _, _ = tangents
+        _, kernel, bias, _, _, residual = primals
+        x_dot, kernel_dot, bias_dot, _, _, residual_dot = tangents
         if not _is_zero(kernel_dot):
             raise TypeError(
                 "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
@@ -93,14 +97,11 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             y_dot += _tangent_matmul(x_dot, kernel)
         if bias is not None and not _is_zero(bias_dot):
             y_dot += _xla.as_row(bias_dot)
-        return y, activation_jvp(
-            activation,
-            out_dtype,
-            y_dot,
-            lambda: dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)(
-                *primals
-            ),
-        )
+        pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
+        y_dot = activation_jvp(activation, y_dot, lambda: pre(*primals[:-1], None))
+        if residual is not None and not _is_zero(residual_dot):
+            y_dot += residual_dot.astype(jnp.float32)
+        return y, y_dot.astype(out_dtype)
 
     return operation
 
@@ -135,12 +136,11 @@ def _refuse_quantized_result(out_dtype: Any) -> None:
         )
 
 
-def activation_jvp(activation, out_dtype, pre_dot, pre):
+def activation_jvp(activation, pre_dot, pre):
     """The tangent past the activation; `pre()` recomputes the float32 pre-activation."""
     if activation is None:
-        return pre_dot.astype(out_dtype)
-    _, y_dot = jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))
-    return y_dot.astype(out_dtype)
+        return pre_dot
+    return jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))[1]
 
 
 def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:

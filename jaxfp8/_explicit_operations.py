@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxfp8._explicit import Split, check_divides
+from jaxfp8._xla import pad_last
 from jaxfp8.padded import PaddedKernel, padded_size
 
 
@@ -21,36 +22,40 @@ _compiled = functools.partial(jax.jit, static_argnames=("operation", "split", "o
 
 
 def dense(
-    operation: Callable,
-    split: Split,
     x: Any,
     kernel: PaddedKernel,
     bias: Any,
-    *scales: Any,
+    x_scale: Any,
+    out_scale: Any,
+    residual: Any,
+    *,
+    operation: Callable,
+    split: Split,
     options: tuple,
 ) -> Any:
-    """`fp8_dense`; x is a float or a QuantizedInput, `scales` are x_scale and out_scale.
+    """`fp8_dense`; x is a float or a QuantizedInput.
 
     A device has some of the kernel's *padded* rows, so it multiplies by them all: which of them are
     logical shows when the parts lie side by side. With an out_scale the qvalue is returned.
     """
-    if scales[1] is None:
+    if out_scale is None:
         check_divides(kernel.qvalue, 0, kernel.out_features, "kernel")
-    return _dense(x, kernel, bias, *scales, operation=operation, split=split, options=options)
+    operands = x, kernel, bias, x_scale, out_scale, residual
+    return _dense(*operands, operation=operation, split=split, options=options)
 
 
 @_compiled
-def _dense(x, kernel, bias, x_scale, out_scale, *, operation, split, options):
+def _dense(x, kernel, bias, x_scale, out_scale, residual, *, operation, split, options):
     n, n_pad = kernel.out_features, kernel.qvalue.shape[0]
-    if split.features is not None and bias is not None and n < n_pad:
-        bias = jnp.pad(bias, (0, n_pad - n))
+    if split.features is not None and n < n_pad:
+        bias, residual = (a if a is None else pad_last(a, n_pad) for a in (bias, residual))
 
-    def local(x, kernel, bias, scales):
+    def local(x, kernel, bias, scales, residual):
         rows = kernel.qvalue.shape[0]
         if split.features is not None:
             kernel = _of_rows(kernel)
         scales = dict(zip(("x_scale", "out_scale"), scales, strict=True))
-        y = operation(x, kernel, bias, **scales, **dict(options))
+        y = operation(x, kernel, bias, **scales, residual=residual, **dict(options))
         return y if out_scale is None else y.qvalue[..., :rows]
 
     scales = (x_scale, out_scale)
@@ -58,23 +63,28 @@ def _dense(x, kernel, bias, x_scale, out_scale, *, operation, split, options):
         jax.tree.map(split.of_rows, x),
         *jax.tree.map(split.of_features, (kernel, bias)),
         jax.tree.map(lambda _: PartitionSpec(), scales),
+        None if residual is None else split.result,
     )
-    y = split.run(local, (x, kernel, bias, scales), specs, split.result)
+    y = split.run(local, (x, kernel, bias, scales, residual), specs, split.result)
     if split.features is not None and out_scale is None:
         return lax.slice_in_dim(y, 0, n, axis=y.ndim - 1)
     return y
 
 
 @_compiled
-def dense_float(x, w, bias, *, operation, split, options):
+def dense_float(x, w, bias, residual, *, operation, split, options):
     """`fp8_dense_float`. A device quantizes and pads the columns of w that it has."""
     specs = (
         split.of_rows(x),
         PartitionSpec(None, split.features),
         None if bias is None else split.of_features(bias),
+        None if residual is None else split.result,
     )
-    local = functools.partial(operation, **dict(options))
-    return split.run(local, (x, w, bias), specs, split.result)
+
+    def local(x, w, bias, residual):
+        return operation(x, w, bias, residual=residual, **dict(options))
+
+    return split.run(local, (x, w, bias, residual), specs, split.result)
 
 
 @_compiled

@@ -22,13 +22,14 @@ from jaxfp8._layer_checks import (
     check_quantized,
 )
 from jaxfp8._nnx_variables import ActivationScale, fp8_param
+from jaxfp8.dense_float import fp8_dense_float
 from jaxfp8.inputs import QuantizedInput, as_quantized_input
-from jaxfp8.matmul import fp8_dense, fp8_dense_float
+from jaxfp8.matmul import fp8_dense
 from jaxfp8.quantize import FP8_DTYPE, check_float, is_fp8
 
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32
+    from jaxtyping import Array, Float, Float32
 
 
 Initializer = Callable[..., Any]
@@ -151,6 +152,7 @@ class PaddedFP8Linear(nnx.Module):
         out_sharding: Any = None,
         *,
         out_scale: Float32[Array, ""] | None = None,
+        residual: Float[Array, "*lead N"] | None = None,
     ) -> Any:
         """Apply the layer over the last axis of `inputs`.
 
@@ -161,6 +163,8 @@ class PaddedFP8Linear(nnx.Module):
             out_sharding: refused if given; nnx.Linear hands it to its `dot_general`.
             out_scale: float32 `[]`, with FP8 parameters: the scale by which the result is
                 quantized in the same kernel, for the next layer.
+            residual: `[*lead, N]` of the result's dtype, added behind the activation in the same
+                kernel, as `fp8_dense` takes it: `x + layer(h)` as `layer(h, residual=x)`.
 
         Returns:
             `[*lead, N]` of `dtype`, or a QuantizedInput of N features if `out_scale` was given.
@@ -181,6 +185,7 @@ class PaddedFP8Linear(nnx.Module):
             "activation": self.activation,
             "precision": self.precision,
             "implementation": self.implementation,
+            "residual": residual,
         }
         dtype = None if self.dtype is None else jax.dtypes.canonicalize_dtype(self.dtype)
         quantized = isinstance(inputs, QuantizedInput | tuple)

@@ -137,6 +137,48 @@ def check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[jax.
     return jnp.asarray(a).astype(jnp.float32)
 
 
+def check_residual(residual: Any, shape: tuple, dtype: Any, out_scale: Any) -> jax.Array | None:
+    """The residual as an array, if the result of this shape and dtype can have it added.
+
+    Raises:
+        TypeError: if its dtype is not the result's.
+        ValueError: if its shape is not, or the result is quantized.
+    """
+    if residual is None:
+        return None
+    if out_scale is not None:
+        raise ValueError(
+            "`residual` must be None with an `out_scale`: a sum that later layers add to is not "
+            "rounded to e4m3. Leave `out_scale` out; `quantize_input` rounds the sum for a layer."
+        )
+    if jnp.result_type(residual) != dtype:
+        raise TypeError(
+            f"`residual` must have the dtype of the result, {dtype}, but it is "
+            f"{jnp.result_type(residual)}. Cast it, or set the result's dtype."
+        )
+    if jnp.shape(residual) != shape:
+        raise ValueError(
+            f"`residual` must have the shape of the result, {shape}, but its shape is "
+            f"{jnp.shape(residual)}. Broadcast it with `jnp.broadcast_to`."
+        )
+    return jnp.asarray(residual)
+
+
 def rows(lead: tuple) -> Any:
     """M, also where a leading size is symbolic."""
     return functools.reduce(lambda a, b: a * b, lead, 1)
+
+
+def as_pairs(activation: Any, out_dtype: Any, precision: Any, implementation: Any) -> tuple:
+    """The options of an operation, hashable."""
+    return (
+        ("activation", activation),
+        ("out_dtype", out_dtype),
+        ("precision", hashable(precision)),
+        ("implementation", implementation),
+    )
+
+
+def hashable(precision: Any) -> Any:
+    """A `precision`; a pair may come as a list."""
+    return tuple(precision) if isinstance(precision, list) else precision

@@ -18,8 +18,9 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
     The results, one or a tuple, are matrices with a row for each row of `first`.
 
     Args:
-        rows: for each argument, whether its first axis is the rows M of the result. None: it is
-            if the argument has an axis at all (a per-token scale), and else it is shared.
+        rows: for each argument, whether its first axis is the rows M of the result (of one that
+            is absent it is not). None: it is if the argument has an axis at all (a per-token
+            scale), and else it is shared.
 
     A batch in row arguments alone folds into M: one GEMM. A batch in any other argument (a
     stacked weight) is a loop of one call each.
@@ -38,7 +39,7 @@ def fold_rows(rows: tuple[bool | None, ...]) -> Callable[[Callable], Callable]:
         def fold(axis_size: int, in_batched: list, *args: Any) -> Any:
             batched = [any(jax.tree.leaves(b)) for b in in_batched]
             foldable = [
-                bool(is_row) if is_row is not None else arg.ndim - int(b) == 2
+                bool(is_row) and arg is not None if is_row is not None else arg.ndim - int(b) == 2
                 for is_row, arg, b in zip(rows, args, batched, strict=True)
             ]
             if any(b and not fold for b, fold in zip(batched, foldable, strict=True)):

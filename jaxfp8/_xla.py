@@ -37,15 +37,17 @@ def scaled_matmul(
     rhs_scale: Float32[Array, "..."],
     bias: Float32[Array, " N"] | None,
     out_scale: Float32[Array, ""] | None = None,
+    residual: Float[Array, "M N"] | None = None,
     *,
     out_features: int,
     activation: str | None,
     out_dtype: Any,
     promoted: bool,
 ) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
-    """`activation(lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)` in float32, rounded once.
+    """`activation(lhs_scale * rhs_scale * (lhs @ rhs.T) + bias) + residual`, rounded once.
 
-    With `out_scale` the result is quantized by it, and stays padded for the next product.
+    All in float32. With `out_scale`, and no residual, the result is quantized by it, and stays
+    padded for the next product.
 
     On a CPU the accumulator is float32 either way. On a GPU XLA may see through the casts and take
     an FP8 product of cuBLASLt's, which it accumulates fast at DEFAULT precision alone.
@@ -61,7 +63,10 @@ def scaled_matmul(
     y = ACTIVATIONS[activation](y)
     if out_scale is not None:
         return cast_to_fp8(y, out_scale)
-    return y[:, :out_features].astype(out_dtype)
+    y = y[:, :out_features]
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)
 
 
 def quantize_rows(
@@ -82,11 +87,12 @@ def dense(
     bias: Float32[Array, " N"] | None,
     x_scale: Float32[Array, ""] | None,
     out_scale: Float32[Array, ""] | None = None,
+    residual: Float[Array, "M N"] | None = None,
     **options: Any,
 ) -> Float[Array, "M N"] | Float8e4m3fn[Array, "M N_pad"]:
     """`quantize_rows`, then `scaled_matmul`, whose options these are."""
     qx, lhs_scale = quantize_rows(x, x_scale, width=qvalue.shape[1])
-    return scaled_matmul(qx, qvalue, lhs_scale, scale, bias, out_scale, **options)
+    return scaled_matmul(qx, qvalue, lhs_scale, scale, bias, out_scale, residual, **options)
 
 
 def contract(

@@ -19,14 +19,15 @@ from jaxfp8._layer_checks import (
     check_padded,
     check_quantized,
 )
+from jaxfp8.dense_float import fp8_dense_float
 from jaxfp8.inputs import QuantizedInput, as_quantized_input
-from jaxfp8.matmul import fp8_dense, fp8_dense_float
+from jaxfp8.matmul import fp8_dense
 from jaxfp8.padded import PaddedKernel
 from jaxfp8.quantize import FP8_DTYPE, check_float, is_fp8
 
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32
+    from jaxtyping import Array, Float, Float32
 
 
 Initializer = Callable[..., Any]
@@ -101,7 +102,13 @@ class PaddedFP8Dense(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Any, *, out_scale: Float32[Array, ""] | None = None) -> Any:
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        out_scale: Float32[Array, ""] | None = None,
+        residual: Float[Array, "*lead N"] | None = None,
+    ) -> Any:
         """Apply the layer over the last axis of `inputs`.
 
         Args:
@@ -110,6 +117,8 @@ class PaddedFP8Dense(nn.Module):
                 or a pair `(qx, scale)`.
             out_scale: float32 `[]`, with FP8 parameters: the scale by which the result is
                 quantized in the same kernel, for the next layer.
+            residual: `[*lead, N]` of the result's dtype, added behind the activation in the same
+                kernel, as `fp8_dense` takes it: `x + layer(h)` as `layer(h, residual=x)`.
 
         Returns:
             `[*lead, N]` of `dtype`, or a QuantizedInput of N features if `out_scale` was given.
@@ -120,10 +129,11 @@ class PaddedFP8Dense(nn.Module):
             ValueError: if a shape does not fit, `dtype` is set beside `out_scale`, or
                 `static_x_scale` for an input that has its own scale.
         """
-        options = {
+        options: dict[str, Any] = {
             "activation": self.activation,
             "precision": self.precision,
             "implementation": self.implementation,
+            "residual": residual,
         }
         dtype = None if self.dtype is None else jax.dtypes.canonicalize_dtype(self.dtype)
         quantized = isinstance(inputs, QuantizedInput | tuple)

@@ -1,11 +1,9 @@
-"""`scaled_matmul`, `fp8_dense` and `fp8_dense_float`: argument checks and transforms."""
+"""`scaled_matmul` and `fp8_dense`: argument checks, and which operation computes what is asked."""
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxfp8 import _derivatives, _explicit_operations, _options
@@ -88,14 +86,14 @@ def scaled_matmul(
             *(lhs, rhs, lhs_scale, rhs_scale, bias),
             operation=scaled_matmul,
             split=split,
-            options=_pairs(activation, out_dtype, precision, implementation),
+            options=_options.as_pairs(activation, out_dtype, precision, implementation),
         )
     if 0 in lead:
         return jnp.zeros((*lead, n), out_dtype)
     operation = _derivatives.matmul_operation(n, activation, out_dtype, promoted, implementation)
     m = _options.rows(lead)
     lhs_scale = lhs_scale.reshape(m, 1) if lhs_scale.ndim else lhs_scale
-    y = operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias, None)
+    y = operation(lhs.reshape(m, k), rhs, lhs_scale, rhs_scale, bias, None, None)
     return y.reshape(*lead, n)
 
 
@@ -108,14 +106,16 @@ def fp8_dense(
     x_scale: Float32[Array, ""] | None = None,
     out_dtype: Any = None,
     out_scale: Float32[Array, ""] | None = None,
+    residual: Float[Array, "*lead N"] | None = None,
     precision: Any = None,
     implementation: str | None = None,
 ) -> Any:
     """A dense layer on FP8 tensor cores: quantize x, multiply by the padded kernel, slice to N.
 
-    Equivalent JAX: `activation(x @ kernel.dequantize() + bias).astype(out_dtype)`, with x rounded
-    to e4m3 and everything after the product in float32. On a Hopper GPU it is one custom call.
-    Derivatives with respect to x and bias are straight-through (as if x were not rounded).
+    Equivalent JAX: `(activation(x @ kernel.dequantize() + bias) + residual).astype(out_dtype)`,
+    with x rounded to e4m3 and everything after the product in float32. On a Hopper GPU it is one
+    custom call. Derivatives with respect to x, bias and residual are straight-through (as if x were
+    not rounded).
 
     Args:
         x: float array of 16 bits or more, `[*lead, K]`, any number of leading axes. float64
@@ -131,6 +131,8 @@ def fp8_dense(
             quantized x. float8_e4m3fn is said by `out_scale`, and may be.
         out_scale: float32 `[]`, a static scale by which the result is quantized in the same
             kernel: the next layer's `x_scale`. The result is a QuantizedInput of N features.
+        residual: `[*lead, N]` of the result's dtype, added in float32 behind the activation, before
+            the one rounding: `x + dense(h)` without a kernel of its own. Not with an `out_scale`.
         precision: None follows `jax_default_matmul_precision`. DEFAULT accumulates inside the
             tensor core (about 14 bits); HIGH and HIGHEST promote partial sums to float32;
             `DotAlgorithmPreset.ANY_F8_ANY_F8_F32[_FAST_ACCUM]` says it outright. Without CUTLASS
@@ -142,8 +144,9 @@ def fp8_dense(
         `[*lead, N]` of `out_dtype`, or a QuantizedInput if `out_scale` was given.
 
     Raises:
-        TypeError: if x is not a float of 16 bits or more, a leaf of the kernel was cast, or the
-            result is differentiated with respect to the kernel, or where something is quantized.
+        TypeError: if x is not a float of 16 bits or more, the residual not of the result's dtype, a
+            leaf of the kernel was cast, or the result is differentiated with respect to the kernel,
+            or where something is quantized.
         ValueError: if a shape does not fit, or an option is unknown.
         RuntimeError: when run, if "cutlass" was named and cannot run here.
     """
@@ -176,15 +179,21 @@ def fp8_dense(
     if out_dtype is None and out_scale is None:
         out_dtype = x.dtype if qx is None else jnp.bfloat16
     result_dtype, work_dtype, out_scale = _options.check_result(out_dtype, out_scale)
+    lead = shape[:-1]
+    residual = _options.check_residual(residual, (*lead, n), result_dtype, out_scale)
     values = x if qx is None else qx.qvalue
     if split := split_of(values, kernel.qvalue, name="kernel", features_axis=0):
+        operands = x if qx is None else qx, kernel, bias, x_scale, out_scale, residual
         y = _explicit_operations.dense(
-            *(fp8_dense, split, x if qx is None else qx, kernel, bias, x_scale, out_scale),
-            options=_pairs(activation, out_dtype, precision, implementation),
+            *operands,
+            operation=fp8_dense,
+            split=split,
+            options=_options.as_pairs(activation, out_dtype, precision, implementation),
         )
         return y if out_scale is None else QuantizedInput(y, out_scale, n)
-    lead = shape[:-1]
     m = _options.rows(lead)
+    if residual is not None:
+        residual = residual.astype(work_dtype).reshape(m, n)
     width = n if out_scale is None else kernel.qvalue.shape[0]
     options = (activation, work_dtype, promoted, implementation)
     if 0 in lead:
@@ -193,102 +202,10 @@ def fp8_dense(
         qvalue = qx.qvalue.reshape(m, kernel.qvalue.shape[1])
         scale = qx.scale.reshape(m, 1) if qx.scale.ndim else qx.scale
         operation = _derivatives.matmul_operation(n, *options)
-        y = operation(qvalue, kernel.qvalue, scale, kernel.scale, bias, out_scale)
+        y = operation(qvalue, kernel.qvalue, scale, kernel.scale, bias, out_scale, residual)
     else:
         x = x.astype(jnp.float32) if x.dtype == jnp.float64 else x
         operation = _derivatives.dense_operation(*options)
-        y = operation(x.reshape(m, k), kernel, bias, x_scale, out_scale)
+        y = operation(x.reshape(m, k), kernel, bias, x_scale, out_scale, residual)
     y = y.reshape(*lead, width).astype(result_dtype)
     return y if out_scale is None else QuantizedInput(y, out_scale, n)
-
-
-def fp8_dense_float(
-    x: Float[Array, "*lead K"],
-    w: Float[Array, "K N"],
-    bias: Float[Array, " N"] | None = None,
-    *,
-    activation: str | None = None,
-    out_dtype: Any = None,
-    precision: Any = None,
-    implementation: str | None = None,
-) -> Float[Array, "*lead N"]:
-    """`fp8_dense` on a float weight, quantized at every call: the layer of a training step.
-
-    The result is the one that `fp8_dense(x, PaddedKernel.from_dense(w), bias)` gives; derivatives
-    with respect to x, w and bias are those of `activation(x @ w + bias)` (straight-through).
-
-    Args:
-        x: float array of 16 bits or more, `[*lead, K]`.
-        w: float array of 16 bits or more, Flax's `[K, N]`.
-        bias: float `[N]`, or None.
-        activation: see `fp8_dense`, like `out_dtype`, `precision` and `implementation`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `fp8_dense` and `PaddedKernel.from_dense`.
-    """
-    check_float(x, "x")
-    check_float(w, "w")
-    if jnp.ndim(w) != 2:
-        raise ValueError(f"`w` must have shape [K, N], but its shape is {jnp.shape(w)}.")
-    out_dtype = jnp.dtype(jnp.result_type(x) if out_dtype is None else out_dtype)
-    x, w = jnp.asarray(x), jnp.asarray(w)
-    if split := split_of(x, w, name="w", features_axis=1):
-        return _explicit_operations.dense_float(
-            *(x, w, bias),
-            operation=fp8_dense_float,
-            split=split,
-            options=_pairs(activation, out_dtype, precision, implementation),
-        )
-    operation = _float_operation(activation, out_dtype, _freeze(precision), implementation)
-    return operation(x, w, bias)
-
-
-@functools.cache
-def _float_operation(activation, out_dtype, precision, implementation):
-    def dense(x, w, bias, activation, out_dtype):
-        return fp8_dense(
-            x,
-            PaddedKernel.from_dense(w),
-            bias,
-            activation=activation,
-            out_dtype=out_dtype,
-            precision=precision,
-            implementation=implementation,
-        )
-
-    @jax.custom_jvp
-    def operation(x, w, bias):
-        return dense(x, w, bias, activation, out_dtype)
-
-    @operation.defjvp
-    def _(primals, tangents):
-        x, w, bias = primals
-        x_dot, w_dot, bias_dot = tangents
-        y = operation(x, w, bias)
-        y_dot = _matmul(x_dot, w) + _matmul(x, w_dot)
-        if bias is not None:
-            y_dot += bias_dot.astype(jnp.float32).reshape((1,) * (y_dot.ndim - 1) + (-1,))
-        pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
-        return y, _derivatives.activation_jvp(activation, out_dtype, y_dot, lambda: pre(x, w, bias))
-
-    return operation
-
-
-def _matmul(x, w) -> Float32[Array, "*lead N"]:
-    with jax.numpy_dtype_promotion("standard"):  # both are floats; "strict" means the caller's
-        dtype = jnp.promote_types(x.dtype, w.dtype)
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _pairs(activation: Any, out_dtype: Any, precision: Any, implementation: Any) -> tuple:
-    """The options of an operation, hashable."""
-    return (
-        ("activation", activation),
-        ("out_dtype", out_dtype),
-        ("precision", _freeze(precision)),
-        ("implementation", implementation),
-    )
-
-
-def _freeze(precision: Any) -> Any:
-    return tuple(precision) if isinstance(precision, list) else precision

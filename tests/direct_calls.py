@@ -71,9 +71,9 @@ def result(m: int, n: int, n_pad: int, out_dtype: Any, width: int | None) -> jax
     return jax.ShapeDtypeStruct((m, right if width is None else width), out_dtype)
 
 
-def optional(a: Any) -> jax.Array:
+def optional(a: Any, dtype: Any = jnp.float32) -> jax.Array:
     """An absent operand is an empty one."""
-    return jnp.zeros(0) if a is None else jnp.asarray(a, jnp.float32)
+    return jnp.zeros(0) if a is None else jnp.asarray(a, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -84,6 +84,7 @@ def matmul(
     rhs_scale: Any,
     bias: Any = None,
     out_scale: Any = None,
+    residual: Any = None,
     *,
     kernel: int = FROM_TABLE,
     activation: str | int | None = None,
@@ -103,6 +104,7 @@ def matmul(
         rhs_scale,
         optional(bias),
         optional(out_scale),
+        optional(residual, None),
         out_features=np.int64(n),
         **attributes(kernel, activation, promoted),
     )
@@ -115,6 +117,7 @@ def dense(
     bias: Any = None,
     x_scale: Any = None,
     out_scale: Any = None,
+    residual: Any = None,
     *,
     kernel: int = FROM_TABLE,
     activation: str | int | None = None,
@@ -143,6 +146,7 @@ def dense(
         optional(bias),
         optional(x_scale),
         optional(out_scale),
+        optional(residual, None),
         out_features=np.int64(n if out_features is None else out_features),
         **attributes(kernel, activation, promoted),
     )

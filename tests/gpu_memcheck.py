@@ -99,9 +99,9 @@ def main():
             m, n, k = SCALED[i % len(SCALED)]
             scales = (vector(m, 1), vector(n)) if i else (vector(), vector())
             bias = vector(n) if i % 2 else None
-            check(
-                matmul(fp8(m, k), fp8(n, k), *scales, bias, activation="gelu", **options), kernel, n
-            )
+            residual = vector(m, n).astype(out_dtype) if i < 2 else None
+            operands = (fp8(m, k), fp8(n, k), *scales, bias)
+            check(matmul(*operands, residual=residual, activation="gelu", **options), kernel, n)
             m, n, k, dtype = DENSE[i % len(DENSE)]
             x = RNG.standard_normal((m, k), np.float32).astype(dtype)
             y = dense(x, padded(n, k), vector(n), activation="silu", **options)[0]

@@ -181,20 +181,22 @@ class Product:
         lhs_scale: Any,
         rhs_scale: Any,
         bias: Any = None,
+        residual: Any = None,
         *,
         activation: str | None = None,
         kind: str,
     ) -> tuple[Any, Any]:
-        """`activation(lhs_scale * rhs_scale * dot + bias)`, and how far off it may be unrounded.
+        """`activation(lhs_scale * rhs_scale * dot + bias) + residual`, and its error unrounded.
 
-        slope * (c * sum_k |x_k||w_k| + EPILOGUE * (|scaled| + |bias|)), elementwise.
+        slope * (c * sum_k |x_k||w_k| + EPILOGUE * (|scaled| + |bias|)), elementwise; and of the
+        last sum one rounding in float32.
         """
         c, _ = sum_error(self.k, kind)
         xp = jnp if isinstance(self.dot, jax.Array) else np
         with jax.enable_x64(True):
-            lhs_scale, rhs_scale, bias = (
+            lhs_scale, rhs_scale, bias, residual = (
                 xp.asarray(np.zeros(1) if a is None else np.asarray(a).astype(np.float64))
-                for a in (lhs_scale, rhs_scale, bias)
+                for a in (lhs_scale, rhs_scale, bias, residual)
             )
             scale = lhs_scale * rhs_scale
             scaled = self.dot * scale
@@ -203,7 +205,8 @@ class Product:
             if activation in ("gelu", "silu"):
                 # tanh and exp are good to a few units; beside -1 or 1 that is an absolute error.
                 before = SLOPE * before + 8 * 2.0**-24 * xp.abs(scaled + bias)
-            return want, before
+            want = want + residual
+            return want, before + 2.0**-24 * xp.abs(want) * (residual.size > 1)
 
     def check(self, y: Any, *scales: Any, activation: str | None = None, kind: str) -> None:
         """Assert that y is what is `expected` to the derived tolerance, and one rounding.

@@ -142,13 +142,14 @@ def test_stack_end_to_end(tmp_path, capsys, on_cpu):
     assert [row["widths"] for row in rows] == [[32], [20, 44]]
     for row in rows:
         # Four products of 0.04 each.
-        assert 0.02 < row["error"] < 0.15 and row["layers"] == shapes.CPU_STACK_LAYERS
+        assert 0.02 < row["errors"]["fp8"] < 0.15 and row["layers"] == shapes.CPU_STACK_LAYERS
+        assert row["errors"]["scanned"] == pytest.approx(row["errors"]["fp8"], rel=1e-3)
         wall = {kind: times["wall"] for kind, times in row["microseconds"].items()}
-        assert min(wall.values()) > 0 and row["bf16_over_ours"]["wall"] > 0
-        assert set(wall) == {"fp8", "bf16", "arguments"}
+        assert min(wall.values()) > 0 and row["bf16_over"]["fp8"]["wall"] > 0
+        assert set(wall) == {"fp8", "scanned", "bf16", "arguments", "arguments of nn.scan"}
         assert set(row["over_busy"]) == {"wall", "dropped"}
         for ratios in row["over_busy"].values():
-            assert ratios == {"fp8": None, "bf16": None}  # no trace, no busy time
+            assert ratios == dict.fromkeys(stack.KINDS)  # no trace, no busy time
         assert row["microseconds"]["fp8"]["dropped"] > 0
         assert row["graphs"]["fp8"] == {"share": None, "marks": None, "in_program": 0}
 

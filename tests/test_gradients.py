@@ -9,7 +9,7 @@ import pytest
 from helpers import CLOSE, implementations, quantized_randn, randn, random_scales
 
 from jaxfp8 import PaddedKernel, fp8_dense, scaled_matmul
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 
 
 M, K, N = 6, 33, 50

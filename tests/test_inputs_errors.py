@@ -9,7 +9,7 @@ import pytest
 from helpers import randn
 
 from jaxfp8 import PaddedKernel, QuantizedInput, fp8_dense, quantize_input, scaled_matmul
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 from jaxfp8.quantize import FP8_DTYPE
 
 

@@ -9,7 +9,7 @@ from helpers import check_quantized, cuda_text, randn
 from update_cases import assert_same_bits
 
 from jaxfp8 import PaddedFP8Dense, QuantizedInput, fp8_dense, quantize, quantize_input
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 
 
 KEY = jax.random.key(0)

@@ -17,7 +17,7 @@ from helpers import (
 )
 
 from jaxfp8 import PaddedKernel, fp8_dense, scaled_matmul
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 from jaxfp8.quantize import FP8_DTYPE, INV_FP8_MAX
 
 

@@ -12,7 +12,7 @@ from jax.lax import DotAlgorithmPreset
 
 from jaxfp8 import PaddedKernel, fp8_dense, quantize_input, scaled_matmul
 from jaxfp8._options import is_promoted
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 from jaxfp8.quantize import FP8_DTYPE
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import cuda_text, randn
 
 from jaxfp8 import PaddedKernel, _cutlass, _dispatch, fp8_dense, quantize_input, scaled_matmul
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 
 
 K, N = 33, 50

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfp8 import PaddedKernel, QuantizedInput, fp8_dense, quantize_input
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 
 
 # conftest.py makes four CPU devices.

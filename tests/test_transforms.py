@@ -16,7 +16,7 @@ from helpers import (
 )
 
 from jaxfp8 import PaddedKernel, _xla, fp8_dense, scaled_matmul
-from jaxfp8.matmul import fp8_dense_float
+from jaxfp8.dense_float import fp8_dense_float
 
 
 K, N = 33, 50

@@ -12,8 +12,9 @@ namespace jaxfp8 {
 // Raised when the handlers accept calls that they refused before: jaxfp8/_cutlass.py says what it
 // needs. 2: the scratch of the dense call may have more rows than x. 3: quantized operands in and
 // out, which changed the operands of version 1 before anyone had it. 4: weights are measured and
-// written. 5: a handler has one stage, and loads its kernels at its first call.
-constexpr int kCalls = 5;
+// written. 5: a handler has one stage, and loads its kernels at its first call. 6: a residual, an
+// operand more of version 1 before anyone had it.
+constexpr int kCalls = 6;
 
 extern "C" __attribute__((visibility("default"))) char const* jaxfp8_build_info() {
   static std::string const info = [] {

@@ -61,6 +61,15 @@ CUTLASS_DEVICE cutlass::Array<uint32_t, kSize / 2> rounded_to_16_bits(
   return pairs;
 }
 
+// The other way.
+CUTLASS_DEVICE cutlass::Array<float, 2> from_16_bits(uint32_t pair, bool float16) {
+  if (!float16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  cutlass::Array<float, 2> two;
+  asm("{\n .reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n"
+      " cvt.f32.f16 %1, high;\n}" : "=f"(two[0]), "=f"(two[1]) : "r"(pair));
+  return two;
+}
+
 // For CUTLASS's saturating conversion to e4m3, which would make infinity 448: NaN, as where x is
 // quantized under a static scale (quantize.cu).
 template <int kSize>

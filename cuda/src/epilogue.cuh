@@ -1,10 +1,12 @@
-// The epilogue: out = activation(lhs_scale * (rhs_scale * acc) + bias), in float32, rounded once.
+// The epilogue: out = activation(lhs_scale * (rhs_scale * acc) + bias) + residual, in float32,
+// rounded once.
 #pragma once
 
 #include <algorithm>
 
 #include "elementwise.cuh"
 #include "gemm.h"
+#include "residual.cuh"
 #include "staging.cuh"
 #include "store.cuh"
 
@@ -23,8 +25,9 @@ namespace jaxfp8 {
 // (in turn, H200, 2026-11-30, as the next figures).
 // Tried, of no use: what a warp has staged sent by itself, without a barrier (Pingpong 128x128 with
 // 4096x3424x1280 1.03 of the time); vectors staged before the MMAs (1.04).
-template <class Tile, class Element, Operands kOperands, Schedule kSchedule>
+template <class Tile, class Element, Operands kOperands, Schedule kSchedule, bool kHasResidual>
 struct Epilogue {
+  static constexpr bool kResidual = kHasResidual;
   static constexpr bool kSwapped = kOperands == Operands::kSwapped;
   static constexpr bool kPingpong = kSchedule == Schedule::kPingpong;
   static constexpr int kGroups = 2;                              // warpgroups of a kernel
@@ -53,15 +56,21 @@ struct Epilogue {
   // warpgroups finish beside MMAs that take no longer where K is small: they should not wait for
   // TMA.
   static constexpr int kBuffers = kPingpong ? std::min(kPieces, 2) : 1;
+  static constexpr int kUses = kPieces / kBuffers;  // of each, for a tile
+  static_assert(kPieces % kBuffers == 0);
 
   // Vectors along a tile's rows are in registers, those along its columns in shared memory: two
   // neighbours of each, as a thread wants them.
   static constexpr int kRowVectors = kSwapped ? 2 : 1, kColumnVectors = 3 - kRowVectors;
 
-  struct Storage {
+  struct Results {
     char staged[kGroups][kBuffers][Staged::kBytes];
     alignas(16) float columns[kGroups][kColumns / 2][kColumnVectors][2];
   };
+  struct ResultsAndResiduals : Results {
+    typename Residual<Element, Staged>::Barrier arrived[kGroups][kBuffers];
+  };
+  using Storage = cute::conditional_t<kResidual, ResultsAndResiduals, Results>;
 
   struct Params {
     float const* lhs_scale = nullptr;  // [tokens] if per_token, [classes, tokens] with classes
@@ -72,6 +81,7 @@ struct Epilogue {
     Activation activation = Activation::kNone;
     bool float16 = false;              // of 16 bits: float16, not bfloat16
     float const* out_scale = nullptr;  // one value, for e4m3
+    cute::conditional_t<kResidual, cute::TmaDescriptor, cute::tuple<>> residual = {};
     Destination<Element> to;
   };
 
@@ -173,34 +183,78 @@ struct Epilogue {
     if (thread == 0) cute::tma_store_wait<kLeft>();
   }
 
+  // `tile`: how many this warpgroup has stored.
   template <class Sums>
-  CUTLASS_DEVICE void store(Sums const& sums, Fetched const& fetched, Place const& at) const {
+  CUTLASS_DEVICE void store(Sums const& sums, Fetched const& fetched, Place const& at,
+                            int tile) const {
     static_assert(decltype(cute::size<1>(sums))::value == kBlocks &&
                   decltype(cute::size<2>(sums))::value == 1);
     CUTLASS_PRAGMA_UNROLL
     for (int piece = 0; piece < kPieces; ++piece) {
-      int const block = piece / kParts, column = piece % kParts * kPieceColumns;
-      auto const results = finished(sums, fetched, block, column);
-      if (piece >= kBuffers) {
+      auto const to = where(piece, at);
+      auto z = scaled(sums, fetched, piece);
+      activate(z, params.activation);
+      if constexpr (kResidual) {
+        shared.arrived[group][piece % kBuffers].wait((tile * kUses + piece / kBuffers) % 2);
+        Staged::add(to.staged, z, thread, params.float16);
+      }
+      auto const results = rounded(z);
+      if (piece >= kBuffers && !kResidual) {
         wait_until_read<kBuffers - 1>();
         meet();
       }
-      char* const staged = shared.staged[group][piece % kBuffers];
-      Staged::put(staged, results, thread);
+      Staged::put(to.staged, results, thread);
       cute::tma_store_fence();
       meet();
-      int const row = first_row(block);
-      Store<Element, Staged>{params.to, staged, at.token + (kSwapped ? column : row),
-                             at.feature + (kSwapped ? row : column), at.row_class, thread}();
+      Store<Element, Staged>{params.to, to.staged, to.token, to.feature, at.row_class, thread}();
       if (thread == 0) cute::tma_store_arrive();
+      if constexpr (kResidual) {
+        if (piece + kBuffers < kPieces) ask_for_residual_of(piece + kBuffers, at);
+      }
     }
   }
 
-  // A piece's results, as they are staged.
+  // Asks for the residual of the pieces that have memory before any is stored. The warpgroup meets
+  // (stage) before it waits at the barriers that are made here for its first tile.
+  CUTLASS_DEVICE void ask_for_residual(Place const& at, int tile) const {
+    if (tile == 0) {
+      if (thread == 0) {
+        for (auto& barrier : shared.arrived[group]) barrier.init(1);
+        cutlass::arch::fence_barrier_init();
+      }
+      __syncwarp();  // the compiler may let another thread of the warp do it
+    }
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int piece = 0; piece < kBuffers; ++piece) ask_for_residual_of(piece, at);
+  }
+
+  CUTLASS_DEVICE void ask_for_residual_of(int piece, Place const& at) const {
+    if (thread != 0) return;
+    wait_until_read<0>();
+    auto const to = where(piece, at);
+    Residual<Element, Staged>{params.residual, shared.arrived[group][piece % kBuffers]}.ask(
+        to.staged, to.token, to.feature, params.to.features);
+  }
+
+  // Where a piece is staged, and where it belongs.
+  struct Piece {
+    char* staged;
+    int token, feature;
+  };
+
+  CUTLASS_DEVICE Piece where(int piece, Place const& at) const {
+    int const row = first_row(piece / kParts), column = first_column(piece);
+    return {shared.staged[group][piece % kBuffers], at.token + (kSwapped ? column : row),
+            at.feature + (kSwapped ? row : column)};
+  }
+
+  static CUTLASS_DEVICE int first_column(int piece) { return piece % kParts * kPieceColumns; }
+
+  // A piece's sums, scaled, and the bias.
   template <class Sums>
-  CUTLASS_DEVICE auto finished(Sums const& sums, Fetched const& fetched, int block,
-                               int column) const {
-    cutlass::Array<float, kPieceColumns / 2> z;
+  CUTLASS_DEVICE auto scaled(Sums const& sums, Fetched const& fetched, int piece) const {
+    int const block = piece / kParts, column = first_column(piece);
+    typename Staged::Values z;
     CUTLASS_PRAGMA_UNROLL
     for (int j = 0; j < kPieceColumns / 8; ++j) {
       using Pairs = cutlass::AlignedArray<float, 2 * kColumnVectors>;
@@ -215,7 +269,11 @@ struct Epilogue {
                                        along[2 * (kColumnVectors - 1) + i % 2]);
       }
     }
-    activate(z, params.activation);
+    return z;
+  }
+
+  // A piece's results, as they are staged.
+  CUTLASS_DEVICE auto rounded(typename Staged::Values& z) const {
     if constexpr (sizeof(Element) == 2) {
       return rounded_to_16_bits(z, params.float16);
     } else {

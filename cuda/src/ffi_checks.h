@@ -1,6 +1,7 @@
 // What handlers share: saying what XLA handed over, and refusing it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -41,6 +42,11 @@ inline bool is_scale(ffi::AnyBuffer const& b, int64_t size, size_t rank) {
   if (b.element_type() != ffi::F32) return false;
   if (b.dimensions().size() == 0) return true;
   return b.dimensions().size() == rank && static_cast<int64_t>(b.element_count()) == size;
+}
+
+inline bool is_shaped_as(ffi::AnyBuffer const& a, ffi::AnyBuffer const& b) {
+  auto const of_a = a.dimensions(), of_b = b.dimensions();
+  return std::equal(of_a.begin(), of_a.end(), of_b.begin(), of_b.end());
 }
 
 inline bool is_vector_or_empty(ffi::AnyBuffer const& b, int64_t size) {

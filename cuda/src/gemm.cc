@@ -27,7 +27,7 @@ GemmFunctions functions(Kernel kernel, Stored what) {
 
 char const* gemm_launch(Kernel kernel, GemmProblem const& problem) {
   static OncePerDevice once[kKernelCount][kStoredCount];
-  Stored const what = stored(problem.out_type);
+  Stored const what = stored(problem.out_type, problem.residual != nullptr);
   GemmFunctions const instance = functions(kernel, what);
   auto& prepared = once[static_cast<int>(kernel)][static_cast<int>(what)];
   if (char const* why = prepared.call(instance.prepare)) return why;

@@ -22,7 +22,7 @@
 
 namespace jaxfp8 {
 
-template <Kernel kKernel, class Element>
+template <Kernel kKernel, class Element, bool kResidual = false>
 struct Gemm {
   static constexpr KernelSpec kSpec = spec_of(kKernel);
   static constexpr bool kSwapped = kSpec.operands == Operands::kSwapped;
@@ -42,7 +42,7 @@ struct Gemm {
   using Loads = cute::conditional_t<kCooperative,
                                     cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
                                     cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum>;
-  using Finish = Epilogue<Tile, Element, kSpec.operands, kSpec.schedule>;
+  using Finish = Epilogue<Tile, Element, kSpec.operands, kSpec.schedule, kResidual>;
 
   static constexpr int kAlignFp8 = 16;
 
@@ -119,10 +119,20 @@ struct Gemm {
   }
 
   static char const* launch(GemmProblem const& p) {
-    typename Finish::Params finish{p.lhs_scale, p.rhs_scale, p.bias, p.per_token, p.per_channel,
-                                   p.bias != nullptr ? p.bias_features : 0, p.activation,
-                                   p.out_type == Out::kF16, p.out_scale, {}};
+    typename Finish::Params finish;
+    finish.lhs_scale = p.lhs_scale, finish.rhs_scale = p.rhs_scale, finish.bias = p.bias;
+    finish.per_token = p.per_token, finish.per_channel = p.per_channel;
+    finish.bias_features = p.bias != nullptr ? p.bias_features : 0;
+    finish.activation = p.activation;
+    finish.float16 = p.out_type == Out::kF16;
+    finish.out_scale = p.out_scale;
     if (char const* why = describe(p, &finish.to)) return why;
+    if constexpr (kResidual) {
+      auto const* const residual = static_cast<Element const*>(p.residual);
+      char const* const why =
+          Finish::Staged::describe(&finish.residual, residual, p.out_pitch, p.m, p.n);
+      if (why != nullptr) return why;
+    }
 
     typename CollectiveMainloop::Arguments loads{};
     loads.ptr_A = static_cast<Fp8 const*>(kSwapped ? p.rhs : p.lhs);

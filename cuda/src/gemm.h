@@ -17,17 +17,19 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kCount
 enum class Out : int { kBF16 = 0, kF16 = 1, kF32 = 2, kE4M3 = 3, kCount = 4 };
 
 // What a kernel is compiled for. bfloat16 and float16 differ in one conversion, which is chosen
-// when it runs: a third of the kernels less for one uniform branch.
-enum class Stored : int { k16Bits = 0, kF32 = 1, kE4M3 = 2, kCount = 3 };
+// when it runs: a third of the kernels less for one uniform branch. A residual is not: jumps over
+// what it needs cost promoted kernels without one 1 % (24 shapes; H200, 2026-12-01).
+enum class Stored : int { k16Bits = 0, kF32 = 1, kE4M3 = 2, k16BitSum = 3, kCount = 4 };
 
-constexpr Stored stored(Out out) {
+constexpr Stored stored(Out out, bool residual) {
+  if (residual) return Stored::k16BitSum;
   return out == Out::kF32 ? Stored::kF32 : out == Out::kE4M3 ? Stored::kE4M3 : Stored::k16Bits;
 }
 
 constexpr int bytes_of(Out out) { return out == Out::kF32 ? 4 : out == Out::kE4M3 ? 1 : 2; }
 
-// out[m, n] = activation(lhs_scale * rhs_scale * sum_k lhs[m, k] rhs[n, k] + bias[n]), divided by
-// out_scale where out is e4m3
+// out[m, n] = activation(lhs_scale * rhs_scale * sum_k lhs[m, k] rhs[n, k] + bias[n])
+// + residual[m, n], divided by out_scale where out is e4m3
 struct GemmProblem {
   int m, n, k;         // k is padded; n is what is written, at most the rows of rhs
   int64_t out_pitch;   // elements from one row of out to the next; any, not only 16 bytes' multiple
@@ -44,6 +46,8 @@ struct GemmProblem {
   void* out;           // [m, out_pitch]
   Out out_type;
   float const* out_scale;  // one value, read if out is e4m3
+  void const* residual;  // [m, out_pitch] of out's type, if that has 16 bits and a row a multiple
+                         // of 16 bytes; or null
   Activation activation;
   int sm_count;
   bool dependent;      // start while the kernel before on the stream still runs, and wait inside

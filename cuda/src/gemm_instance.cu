@@ -14,6 +14,8 @@ static GemmFunctions functions_of(Stored what) {
     case Stored::kE4M3:
       return {&Gemm<kKernel, cutlass::float_e4m3_t>::prepare,
               &Gemm<kKernel, cutlass::float_e4m3_t>::launch};
+    case Stored::k16BitSum:
+      return {&Gemm<kKernel, uint16_t, true>::prepare, &Gemm<kKernel, uint16_t, true>::launch};
     default: return {&Gemm<kKernel, uint16_t>::prepare, &Gemm<kKernel, uint16_t>::launch};
   }
 }

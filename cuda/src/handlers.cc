@@ -20,8 +20,9 @@ namespace {
 ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs,
                          ffi::AnyBuffer qvalue, ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale,
                          ffi::AnyBuffer bias, ffi::AnyBuffer out_scale,
-                         ffi::Result<ffi::AnyBuffer> out, int32_t activation, int32_t kernel,
-                         int64_t out_features, int32_t promoted) {
+                         ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out,
+                         int32_t activation, int32_t kernel, int64_t out_features,
+                         int32_t promoted) {
   Out out_type;
   if (!is_matrix(lhs, ffi::F8E4M3FN) || !is_matrix(qvalue, ffi::F8E4M3FN) ||
       out->dimensions().size() != 2 || !find_out(out->element_type(), &out_type)) {
@@ -29,7 +30,7 @@ ffi::Error scaled_matmul(cudaStream_t stream, int32_t device, ffi::AnyBuffer lhs
         "lhs and qvalue must be F8E4M3FN matrices and out one of BF16, F16, F32, F8E4M3FN; got ",
         shape_of(lhs), ", ", shape_of(qvalue), ", ", shape_of(*out));
   }
-  Product const product{qvalue, scale, bias, out_scale, *out, out_features, activation};
+  Product const product{qvalue, scale, bias, out_scale, residual, *out, out_features, activation};
   int64_t const m = lhs.dimensions()[0];
   GemmProblem p{};
   if (!product.describe(m, lhs.dimensions()[1], out_type, &p) || !is_scale(lhs_scale, m, 2)) {
@@ -89,8 +90,8 @@ ffi::Error quantize(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::
 
 ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer qvalue,
                  ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer x_scale,
-                 ffi::AnyBuffer out_scale, ffi::Result<ffi::AnyBuffer> out,
-                 ffi::Result<ffi::AnyBuffer> qx, ffi::Result<ffi::AnyBuffer> qx_scale,
+                 ffi::AnyBuffer out_scale, ffi::AnyBuffer residual,
+                 ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> qx, ffi::Result<ffi::AnyBuffer> qx_scale,
                  int32_t activation, int32_t kernel, int64_t out_features, int32_t promoted) {
   Out out_type;
   if (x.dimensions().size() != 2 || !is_matrix(qvalue, ffi::F8E4M3FN) ||
@@ -99,7 +100,7 @@ ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::Any
                   "one of F8E4M3FN; got ", shape_of(x), ", ", shape_of(*out), ", ",
                   shape_of(qvalue));
   }
-  Product const product{qvalue, scale, bias, out_scale, *out, out_features, activation};
+  Product const product{qvalue, scale, bias, out_scale, residual, *out, out_features, activation};
   QuantizeProblem q{};
   GemmProblem p{};
   if (!describe_quantize(x, x_scale, *qx, *qx_scale, stream, &q) ||
@@ -139,6 +140,7 @@ JAXFP8_HANDLER(jaxfp8_scaled_matmul_v1_execute, scaled_matmul,
                    .Arg<ffi::AnyBuffer>()   // scale
                    .Arg<ffi::AnyBuffer>()   // bias
                    .Arg<ffi::AnyBuffer>()   // out_scale
+                   .Arg<ffi::AnyBuffer>()   // residual
                    .Ret<ffi::AnyBuffer>()   // out
                    .Attr<int32_t>("activation")
                    .Attr<int32_t>("kernel")
@@ -164,6 +166,7 @@ JAXFP8_HANDLER(jaxfp8_dense_v1_execute, dense,
                    .Arg<ffi::AnyBuffer>()   // bias
                    .Arg<ffi::AnyBuffer>()   // x_scale
                    .Arg<ffi::AnyBuffer>()   // out_scale
+                   .Arg<ffi::AnyBuffer>()   // residual
                    .Ret<ffi::AnyBuffer>()   // out
                    .Ret<ffi::AnyBuffer>()   // qx, scratch
                    .Ret<ffi::AnyBuffer>()   // qx_scale, scratch

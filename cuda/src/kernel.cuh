@@ -164,6 +164,7 @@ struct GemmKernel {
     // MMAs (H200, 2026-11-22, in turn).
     cutlass::arch::launch_dependent_grids();
     int const step = kTeams * launched_clusters();
+    int tile = 0;
     [[maybe_unused]] auto ahead = [] {
       if constexpr (kAhead) {
         return typename Mainloop::Part{};
@@ -177,6 +178,7 @@ struct GemmKernel {
       auto const vectors = epilogue.fetch(place);
       auto accumulators = cute::partition_fragment_C(tiled_mma, cute::take<0, 2>(TileShape{}));
       wait_for_turn(team);
+      if constexpr (Epilogue::kResidual) epilogue.ask_for_residual(place, tile);
       if constexpr (kAhead) {
         mainloop.mma(pipeline, state, accumulators, k_tiles, thread, shared.mainloop,
                      ahead, i != first_cluster(), i + step < params.order.clusters);
@@ -188,7 +190,7 @@ struct GemmKernel {
       mainloop.mma_tail(pipeline, state, k_tiles);
       state.advance(k_tiles * kTeams);
       epilogue.stage(vectors);
-      epilogue.store(accumulators, vectors, place);
+      epilogue.store(accumulators, vectors, place, tile++);
       if constexpr (kAhead) Mainloop::settle(ahead);
     }
     epilogue.template wait_until_read<0>();  // else its memory is gone

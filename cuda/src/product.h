@@ -44,7 +44,7 @@ inline ffi::Error check_gemm(GemmProblem const& p, Kernel chosen, int forced) {
     return refuse("there is no activation ", static_cast<int>(p.activation), "; ", describe());
   }
   if (p.k % 16 != 0) return refuse("K must be a multiple of 16; ", describe());
-  for (void const* address : {p.lhs, p.rhs, static_cast<void const*>(p.out)}) {
+  for (void const* address : {p.lhs, p.rhs, static_cast<void const*>(p.out), p.residual}) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
       return refuse("an operand is not aligned to 16 bytes; ", describe());
     }
@@ -87,7 +87,7 @@ inline constexpr int64_t kMaxSize = 0x7fffffff - 8192;
 
 // What the products have in common: the weight, what is added and applied, and the result.
 struct Product {
-  ffi::AnyBuffer qvalue, scale, bias, out_scale, out;
+  ffi::AnyBuffer qvalue, scale, bias, out_scale, residual, out;
   int64_t out_features;
   int32_t activation;
 
@@ -100,6 +100,9 @@ struct Product {
         out.dimensions()[0] != m || out.dimensions()[1] != width || !is_scale(scale, n_pad, 1) ||
         !is_vector_or_empty(bias, out_features) || !is_scalar_or_empty(out_scale) ||
         (out_scale.element_count() != 0) != quantized || (quantized && n_pad % 16 != 0) ||
+        (has_residual() && (bytes_of(out_type) != 2 || width * 2 % 16 != 0 ||
+                            residual.element_type() != out.element_type() ||
+                            !is_shaped_as(residual, out))) ||
         m > kMaxSize || n_pad > kMaxSize || k > kMaxSize) {
       return false;
     }
@@ -112,14 +115,18 @@ struct Product {
     p->bias_features = static_cast<int>(out_features);
     p->out_type = out_type;
     p->out_scale = quantized ? out_scale.typed_data<float>() : nullptr;
+    p->residual = has_residual() ? residual.untyped_data() : nullptr;
     p->activation = static_cast<Activation>(activation);
     return true;
   }
 
+  bool has_residual() const { return residual.element_count() != 0; }
+
   std::string shapes() const {
     return "qvalue " + shape_of(qvalue) + ", scale " + shape_of(scale) + ", bias " +
-           shape_of(bias) + ", out_scale " + shape_of(out_scale) + ", out_features " +
-           std::to_string(out_features) + ", out " + shape_of(out);
+           shape_of(bias) + ", out_scale " + shape_of(out_scale) + ", residual " +
+           shape_of(residual) + ", out_features " + std::to_string(out_features) + ", out " +
+           shape_of(out);
   }
 };
 

@@ -8,6 +8,7 @@
 #include "cutlass/array.h"
 #include "cutlass/cuda_host_adapter.hpp"
 #include "cutlass/numeric_conversion.h"
+#include "elementwise.cuh"
 
 namespace jaxfp8 {
 
@@ -78,28 +79,49 @@ struct Staging {
   using Pairs = cutlass::Array<uint32_t, kColumns / 4>;
 
   static CUTLASS_DEVICE void put(char* staged, Pairs const& z, int thread) {
+    using Copy = cute::conditional_t<kSwapped, cute::SM90_U16x8_STSM_T, cute::SM90_U32x4_STSM_N>;
+    by_matrices(staged, thread, [&](int i, cute::uint128_t& to) {
+      Copy::copy(z[4 * i], z[4 * i + 1], z[4 * i + 2], z[4 * i + 3], to);
+    });
+  }
+
+  // What is staged there, 16 bits each, is added to a thread's values.
+  static CUTLASS_DEVICE void add(char* staged, Values& z, int thread, bool float16) {
+    using Copy = cute::conditional_t<kSwapped, cute::SM75_U16x8_LDSM_T, cute::SM75_U32x4_LDSM_N>;
+    by_matrices(staged, thread, [&](int i, cute::uint128_t const& from) {
+      uint32_t pairs[4];
+      Copy::copy(from, pairs[0], pairs[1], pairs[2], pairs[3]);
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        auto const two = from_16_bits(pairs[j], float16);
+        z[8 * i + 2 * j] += two[0], z[8 * i + 2 * j + 1] += two[1];
+      }
+    });
+  }
+
+  // `move(i, address)` for each four matrices i of a thread's pairs; a lane has the address of one
+  // row of one matrix.
+  template <class Move>
+  static CUTLASS_DEVICE void by_matrices(char* staged, int thread, Move const& move) {
     static_assert(kSize == 2 && kRowBytes >= 32 && kColumns % 16 == 0);
     int const warp = thread / 32, lane = thread % 32;
-    // A lane has the address of one row of one matrix.
     int const token = kSwapped ? lane / 16 * 8 + lane % 8 : warp * 16 + lane % 16;
     int const byte = kSwapped ? warp * 32 + lane / 8 % 2 * 16 : lane / 16 * 16;
     char* const row = staged + token * kRowBytes;
     int const place = byte ^ swizzle(token);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kColumns / 16; ++i) {
-      using Copy = cute::conditional_t<kSwapped, cute::SM90_U16x8_STSM_T, cute::SM90_U32x4_STSM_N>;
       int const along = i * 32 % kRowBytes, box = i * 32 / kRowBytes;
-      char* const to = kSwapped ? row + place + i * 16 * kRowBytes
-                                : row + (along ^ place) + box * kTokens * kRowBytes;
-      Copy::copy(z[4 * i], z[4 * i + 1], z[4 * i + 2], z[4 * i + 3],
-                 *reinterpret_cast<cute::uint128_t*>(to));
+      char* const here = kSwapped ? row + place + i * 16 * kRowBytes
+                                  : row + (along ^ place) + box * kTokens * kRowBytes;
+      move(i, *reinterpret_cast<cute::uint128_t*>(here));
     }
   }
 
   // What TMA is told of a row-major array, `pitch` elements from one row to the next; null, or why
   // it cannot be described.
-  static char const* describe(cute::TmaDescriptor* tensor, Element* out, int64_t pitch, int tokens,
-                              int features) {
+  static char const* describe(cute::TmaDescriptor* tensor, Element const* array, int64_t pitch,
+                              int tokens, int features) {
     constexpr auto kType = kSize == 4   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                            : kSize == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
                                         : CU_TENSOR_MAP_DATA_TYPE_UINT8;
@@ -108,10 +130,10 @@ struct Staging {
     cuuint64_t const strides[] = {static_cast<cuuint64_t>(pitch) * kSize};
     cuuint32_t const box[] = {kBox, kTokens}, steps[] = {1, 1};
     CUresult const result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
-        tensor, kType, 2, static_cast<void*>(out), sizes, strides, box, steps,
+        tensor, kType, 2, const_cast<Element*>(array), sizes, strides, box, steps,
         CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : "the result has no TMA descriptor";
+    return result == CUDA_SUCCESS ? nullptr : "a result or residual has no TMA descriptor";
   }
 };
 
