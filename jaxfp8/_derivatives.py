@@ -97,8 +97,9 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             y_dot += _tangent_matmul(x_dot, kernel)
         if bias is not None and not _is_zero(bias_dot):
             y_dot += _xla.as_row(bias_dot)
-        pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
-        y_dot = activation_jvp(activation, y_dot, lambda: pre(*primals[:-1], None))
+        if not _is_zero((x_dot, bias_dot)):  # else there is no need of a second product
+            pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
+            y_dot = activation_jvp(activation, y_dot, lambda: pre(*primals[:-1], None))
         if residual is not None and not _is_zero(residual_dot):
             y_dot += residual_dot.astype(jnp.float32)
         return y, y_dot.astype(out_dtype)

@@ -152,6 +152,13 @@ def whole_features(a: Any) -> Any:
     return jax.reshard(a, NamedSharding(mesh, PartitionSpec(*axes[:-1], None)))
 
 
+def whole(a: Any) -> Any:
+    """`a`, which may be None, with every axis whole: beside operands that nothing splits."""
+    if a is None or not any(axes_of(a)):
+        return a
+    return jax.reshard(a, NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec()))
+
+
 def typed_like(a: Any, like: Any) -> Any:
     """`a` split as the type of `like` says, if that is of Explicit axes."""
     axes = axes_of(like)

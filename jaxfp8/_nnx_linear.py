@@ -163,16 +163,17 @@ class PaddedFP8Linear(nnx.Module):
             out_sharding: refused if given; nnx.Linear hands it to its `dot_general`.
             out_scale: float32 `[]`, with FP8 parameters: the scale by which the result is
                 quantized in the same kernel, for the next layer.
-            residual: `[*lead, N]` of the result's dtype, added behind the activation in the same
-                kernel, as `fp8_dense` takes it: `x + layer(h)` as `layer(h, residual=x)`.
+            residual: `[*lead, N]` of the result's dtype, added behind the activation, before the
+                one rounding, as `fp8_dense` says: `x + layer(h)` as `layer(h, residual=x)`.
 
         Returns:
             `[*lead, N]` of `dtype`, or a QuantizedInput of N features if `out_scale` was given.
 
         Raises:
-            TypeError: if `inputs` is no such array, `out_sharding` is given, or something is to be
-                quantized for a layer whose `param_dtype` is a float.
-            ValueError: if a shape does not fit, `dtype` is set beside `out_scale`, or
+            TypeError: if `inputs` is no such array, `residual` not of the result's dtype,
+                `out_sharding` is given, or something is to be quantized for a layer whose
+                `param_dtype` is a float.
+            ValueError: if a shape does not fit, `dtype` or `residual` is set beside `out_scale`, or
                 `static_x_scale` for an input that has its own scale.
             RuntimeError: if a parameter was donated.
         """

@@ -151,6 +151,7 @@ def check_residual(residual: Any, shape: tuple, dtype: Any, out_scale: Any) -> j
             "`residual` must be None with an `out_scale`: a sum that later layers add to is not "
             "rounded to e4m3. Leave `out_scale` out; `quantize_input` rounds the sum for a layer."
         )
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     if jnp.result_type(residual) != dtype:
         raise TypeError(
             f"`residual` must have the dtype of the result, {dtype}, but it is "

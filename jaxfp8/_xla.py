@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
 
-# The order is the CUDA handler's numbering (`cuda/src/epilogue.cuh`, enum Activation).
+# The order is the CUDA handler's numbering (`cuda/src/gemm.h`, enum Activation).
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
     None: lambda y: y,
     "relu": lambda y: jnp.maximum(y, 0),

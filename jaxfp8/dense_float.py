@@ -52,6 +52,8 @@ def fp8_dense_float(
         raise ValueError(f"`w` must have shape [K, N], but its shape is {jnp.shape(w)}.")
     out_dtype = jnp.dtype(jnp.result_type(x) if out_dtype is None else out_dtype)
     x, w = jnp.asarray(x), jnp.asarray(w)
+    # Of the whole result: on a mesh of Explicit axes `fp8_dense` sees a part.
+    residual = _options.check_residual(residual, (*x.shape[:-1], w.shape[1]), out_dtype, None)
     if split := split_of(x, w, name="w", features_axis=1):
         return _explicit_operations.dense_float(
             *(x, w, bias, residual),

@@ -117,16 +117,16 @@ class PaddedFP8Dense(nn.Module):
                 or a pair `(qx, scale)`.
             out_scale: float32 `[]`, with FP8 parameters: the scale by which the result is
                 quantized in the same kernel, for the next layer.
-            residual: `[*lead, N]` of the result's dtype, added behind the activation in the same
-                kernel, as `fp8_dense` takes it: `x + layer(h)` as `layer(h, residual=x)`.
+            residual: `[*lead, N]` of the result's dtype, added behind the activation, before the
+                one rounding, as `fp8_dense` says: `x + layer(h)` as `layer(h, residual=x)`.
 
         Returns:
             `[*lead, N]` of `dtype`, or a QuantizedInput of N features if `out_scale` was given.
 
         Raises:
-            TypeError: if `inputs` is no such array, or something is to be quantized for a layer
-                whose `param_dtype` is a float.
-            ValueError: if a shape does not fit, `dtype` is set beside `out_scale`, or
+            TypeError: if `inputs` is no such array, `residual` not of the result's dtype, or
+                something is to be quantized for a layer whose `param_dtype` is a float.
+            ValueError: if a shape does not fit, `dtype` or `residual` is set beside `out_scale`, or
                 `static_x_scale` for an input that has its own scale.
         """
         options: dict[str, Any] = {

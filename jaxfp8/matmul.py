@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from jaxfp8 import _derivatives, _explicit_operations, _options
-from jaxfp8._explicit import split_of
+from jaxfp8._explicit import split_of, whole
 from jaxfp8.inputs import QuantizedInput, as_quantized_input
 from jaxfp8.padded import ALIGNMENT, PaddedKernel, check_kernel
 from jaxfp8.quantize import FP8_DTYPE, check_float
@@ -132,7 +132,8 @@ def fp8_dense(
         out_scale: float32 `[]`, a static scale by which the result is quantized in the same
             kernel: the next layer's `x_scale`. The result is a QuantizedInput of N features.
         residual: `[*lead, N]` of the result's dtype, added in float32 behind the activation, before
-            the one rounding: `x + dense(h)` without a kernel of its own. Not with an `out_scale`.
+            the one rounding: `x + dense(h)`. In the same kernel where the result has 16 bits and
+            its rows are multiples of 16 bytes; else XLA adds it. Not with an `out_scale`.
         precision: None follows `jax_default_matmul_precision`. DEFAULT accumulates inside the
             tensor core (about 14 bits); HIGH and HIGHEST promote partial sums to float32;
             `DotAlgorithmPreset.ANY_F8_ANY_F8_F32[_FAST_ACCUM]` says it outright. Without CUTLASS
@@ -191,6 +192,7 @@ def fp8_dense(
             options=_options.as_pairs(activation, out_dtype, precision, implementation),
         )
         return y if out_scale is None else QuantizedInput(y, out_scale, n)
+    bias, residual = whole(bias), whole(residual)
     m = _options.rows(lead)
     if residual is not None:
         residual = residual.astype(work_dtype).reshape(m, n)

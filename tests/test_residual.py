@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from explicit_cases import (
+    alone,
     assert_typed,
     bias_of,
     compiled,
@@ -22,6 +23,7 @@ from flax import nnx
 from helpers import (
     CLOSE,
     accumulation,
+    bits,
     cuda_text,
     dense_product,
     implementations,
@@ -70,6 +72,9 @@ def test_leading_axes_and_float64_and_no_rows(implementation):
     np.testing.assert_array_equal(y.reshape(M, N), f(X, residual=RESIDUAL))
     np.testing.assert_array_equal(f(X[0], residual=RESIDUAL[0]), f(X, residual=RESIDUAL)[0])
     assert f(X[:0], residual=RESIDUAL[:0]).shape == (0, N)
+    with pytest.warns(UserWarning, match="truncated to dtype float32"):  # JAX's own
+        narrow = f(X, residual=RESIDUAL, out_dtype=np.float64)
+    np.testing.assert_array_equal(narrow, f(X, residual=RESIDUAL))
     with jax.enable_x64(True):
         wide = f(X.astype(jnp.float64), residual=RESIDUAL.astype(jnp.float64))
         assert wide.dtype == jnp.float64
@@ -101,6 +106,36 @@ def test_derivatives(activation, implementation):
     g = functools.partial(fp8_dense, q, KERNEL, BIAS, out_dtype=jnp.float32, **options)
     _, vjp = jax.vjp(lambda r: g(residual=r), RESIDUAL)
     np.testing.assert_array_equal(vjp(cotangent)[0], cotangent)
+
+
+@implementations
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_sixteen_bits_that_a_kernel_adds(dtype, activation, implementation):
+    """Values, derivatives and batches where the epilogue adds: 56 features are 112 bytes."""
+    n, options = 56, dict(activation=activation, implementation=implementation)
+    kernel, bias = PaddedKernel.from_dense(randn(1, (K, n)) / 6), randn(2, (n,))
+    x, residual = randn(0, (3, M, K), dtype), randn(3, (3, M, n), dtype)
+
+    def f(x, residual):
+        return fp8_dense(x, kernel, bias, residual=residual, **options)
+
+    y, vjp = jax.vjp(f, x, residual)
+    product, scale, channels = dense_product(x, kernel)
+    product.check(
+        *(y.reshape(-1, n), scale, channels, bias, residual.reshape(-1, n)),
+        activation=activation,
+        kind=accumulation(implementation, promoted=False),
+    )
+    np.testing.assert_array_equal(bits(jax.vmap(f)(x, residual)), bits(y))
+    cotangent = randn(4, y.shape, dtype)
+    of_x, of_residual = vjp(cotangent)
+    np.testing.assert_array_equal(bits(of_residual), bits(cotangent))
+    (want,) = jax.vjp(lambda x: fp8_dense(x, kernel, bias, **options), x)[1](cotangent)
+    np.testing.assert_array_equal(bits(of_x), bits(want))
+    layer = PaddedFP8Dense(n, **options)
+    params = {"params": {"kernel": kernel, "bias": bias}}
+    np.testing.assert_array_equal(bits(layer.apply(params, x, residual=residual)), bits(y))
 
 
 @implementations
@@ -210,6 +245,27 @@ def test_on_a_mesh_of_explicit_axes(n, features, lead):
     floats = on_mesh(x, lead), on_mesh(w, None, features), on_mesh(bias, features)
     got = compiled(lambda x, w, b, r: fp8_dense_float(x, w, b, residual=r))(*floats, placed)
     assert_typed(got, want, spec)
+
+
+@pytest.mark.parametrize("n", [64, 52])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__)
+def test_alone_split_on_a_mesh(dtype, n):
+    """Beside operands that are whole on every device it is made whole, and a bias too."""
+    x, bias, residual = rows(2, 4), bias_of(n), whole_numbers(5, 2, 4, n).astype(dtype)
+    kernel = PaddedKernel.from_dense(weight(n))
+    want = fp8_dense(x.astype(dtype), kernel, bias, residual=residual)
+    operands = on_mesh(x.astype(dtype)), kernel_on_mesh(weight(n)), on_mesh(bias, "model")
+    for way in (compiled, alone):
+        f = way(lambda x, k, b, r: fp8_dense(x, k, b, residual=r))
+        assert_typed(f(*operands, on_mesh(residual, None, "data", "model")), want, P())
+
+
+def test_a_wrong_one_on_a_mesh():
+    """The whole result's shape is said, not a device's part of it."""
+    x, w = on_mesh(rows(8), "data"), on_mesh(weight(64), None, "model")
+    for shape in ((64,), (1, 64), (8, 80)):
+        with pytest.raises(ValueError, match=r"the shape of the result, \(8, 64\)"):
+            compiled(lambda x, w, s=shape: fp8_dense_float(x, w, residual=jnp.zeros(s)))(x, w)
 
 
 @pytest.mark.parametrize(

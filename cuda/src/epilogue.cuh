@@ -222,7 +222,7 @@ struct Epilogue {
         for (auto& barrier : shared.arrived[group]) barrier.init(1);
         cutlass::arch::fence_barrier_init();
       }
-      __syncwarp();  // the compiler may let another thread of the warp do it
+      __syncwarp();  // SASS has another thread of the warp make them (racecheck saw it)
     }
     CUTLASS_PRAGMA_NO_UNROLL
     for (int piece = 0; piece < kBuffers; ++piece) ask_for_residual_of(piece, at);

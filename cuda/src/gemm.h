@@ -17,8 +17,8 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kCount
 enum class Out : int { kBF16 = 0, kF16 = 1, kF32 = 2, kE4M3 = 3, kCount = 4 };
 
 // What a kernel is compiled for. bfloat16 and float16 differ in one conversion, which is chosen
-// when it runs: a third of the kernels less for one uniform branch. A residual is not: jumps over
-// what it needs cost promoted kernels without one 1 % (24 shapes; H200, 2026-12-01).
+// when it runs: two of six kinds less for one uniform branch. A residual is not: jumps over what it
+// needs cost promoted kernels without one 1 % (24 shapes; H200, 2026-12-01).
 enum class Stored : int { k16Bits = 0, kF32 = 1, kE4M3 = 2, k16BitSum = 3, kCount = 4 };
 
 constexpr Stored stored(Out out, bool residual) {

@@ -91,8 +91,9 @@ ffi::Error quantize(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::
 ffi::Error dense(cudaStream_t stream, int32_t device, ffi::AnyBuffer x, ffi::AnyBuffer qvalue,
                  ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer x_scale,
                  ffi::AnyBuffer out_scale, ffi::AnyBuffer residual,
-                 ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> qx, ffi::Result<ffi::AnyBuffer> qx_scale,
-                 int32_t activation, int32_t kernel, int64_t out_features, int32_t promoted) {
+                 ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> qx,
+                 ffi::Result<ffi::AnyBuffer> qx_scale, int32_t activation, int32_t kernel,
+                 int64_t out_features, int32_t promoted) {
   Out out_type;
   if (x.dimensions().size() != 2 || !is_matrix(qvalue, ffi::F8E4M3FN) ||
       out->dimensions().size() != 2 || !find_out(out->element_type(), &out_type)) {

@@ -9,8 +9,8 @@ namespace jaxfp8 {
 // Of a product's residual, what belongs where a piece of the result does. It is asked for before
 // the product's MMAs where the piece has memory then, and awaited when its sums are done.
 //
-// NOTES: by TMA alone, so rows begin at multiples of 16 bytes; others, and float32, are added by XLA
-// (jaxfp8/_cutlass.py): threads that load them are 500 instructions more, for widths that a model
+// NOTES: by TMA alone, so rows begin at multiples of 16 bytes; others, and float32, are added by
+// XLA (jaxfp8/_cutlass.py): threads that load them are slower, and the widths are ones that a model
 // seldom has. Asked for where the MMAs begin, and not before the warpgroup's turn, 4096x3424x1280
 // takes 37 us with it and not 40; asked for when a piece's sums are done a residual costs
 // 1024x4096x14336 5.0 us, so 1.2 to 1.8. A kernel that adds it takes 6.8 (H200, 2026-12-01).
