@@ -33,13 +33,7 @@ DENSE_TARGET = "jaxfp8_dense_v1"
 QUANTIZE_TARGET = "jaxfp8_quantize_v1"
 WEIGHT_SCALE_TARGET = "jaxfp8_weight_scale_v1"
 PAD_WEIGHT_TARGET = "jaxfp8_pad_weight_v1"
-TARGETS = (
-    MATMUL_TARGET,
-    DENSE_TARGET,
-    QUANTIZE_TARGET,
-    WEIGHT_SCALE_TARGET,
-    PAD_WEIGHT_TARGET,
-)
+TARGETS = (MATMUL_TARGET, DENSE_TARGET, QUANTIZE_TARGET, WEIGHT_SCALE_TARGET, PAD_WEIGHT_TARGET)
 COMPUTE_CAPABILITY = "9.0"
 # The attribute `kernel` of both products: an index into the library's list of kernels, which tests
 # and tuning name outright, or this, the choice of `cuda/src/table.h`.
