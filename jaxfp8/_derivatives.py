@@ -45,9 +45,13 @@ def matmul_operation(out_features, activation, out_dtype, promoted, implementati
                 "`param_dtype`, or wrap them in `jax.lax.stop_gradient`."
             )
         _refuse_quantized_result(out_dtype)
+        y = operation(*primals)
+        *of_product, of_residual = tangents[2:]
+        if _is_zero(of_product) and not _is_zero(of_residual):
+            return y, jnp.zeros_like(y) + of_residual
         reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
         _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
-        return operation(*primals), tangent
+        return y, tangent
 
     return operation
 
@@ -91,15 +95,26 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             )
         _refuse_quantized_result(out_dtype)
         y = operation(*primals)
-        # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
-        y_dot = jnp.zeros_like(y, jnp.float32)  # varies over the axes of a shard_map as y does
-        if not _is_zero(x_dot):
-            y_dot += _tangent_matmul(x_dot, kernel)
-        if bias is not None and not _is_zero(bias_dot):
-            y_dot += _xla.as_row(bias_dot)
-        if not _is_zero((x_dot, bias_dot)):  # else there is no need of a second product
+
+        def before_activation(like):
+            # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
+            dot = jnp.zeros_like(like, jnp.float32)  # varies over a shard_map's axes as that does
+            if not _is_zero(x_dot):
+                dot += _tangent_matmul(x_dot, kernel)
+            if bias is not None and not _is_zero(bias_dot):
+                dot += _xla.as_row(bias_dot)
+            return dot
+
+        y_dot = jnp.zeros_like(y, jnp.float32)
+        if _is_zero((x_dot, bias_dot)):
+            pass  # the residual's alone: no second product
+        elif activation is None:
+            y_dot = before_activation(y)
+        else:
+            # Without the residual, which may vary over more axes.
             pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
-            y_dot = activation_jvp(activation, y_dot, lambda: pre(*primals[:-1], None))
+            z = pre(*primals[:-1], None)
+            y_dot += activation_jvp(activation, before_activation(z), lambda: z)
         if residual is not None and not _is_zero(residual_dot):
             y_dot += residual_dot.astype(jnp.float32)
         return y, y_dot.astype(out_dtype)

@@ -57,7 +57,7 @@ class Split:
 
     def run(self, f: Callable, args: tuple, specs: tuple, out_specs: Any) -> Any:
         """`f(*args)` of each device's part, brought there first where it lies otherwise."""
-        args = jax.tree.map(self._bring, specs, args, is_leaf=_is_spec)
+        args = jax.tree.map(self.bring, specs, args, is_leaf=_is_spec)
         used = _names((*self.lead, self.features))
         if not used:
             return f(*args)
@@ -65,7 +65,9 @@ class Split:
             f, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=frozenset(used)
         )(*args)
 
-    def _bring(self, spec: PartitionSpec, tree: Any) -> Any:
+    def bring(self, spec: PartitionSpec, tree: Any) -> Any:
+        """The arrays of a tree, split so; brought there where they lie otherwise."""
+
         def one(a: Any) -> Any:
             if axes_of(a) == tuple(spec):
                 return a

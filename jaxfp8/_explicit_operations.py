@@ -48,7 +48,11 @@ def dense(
 def _dense(x, kernel, bias, x_scale, out_scale, residual, *, operation, split, options):
     n, n_pad = kernel.out_features, kernel.qvalue.shape[0]
     if split.features is not None and n < n_pad:
-        bias, residual = (a if a is None else pad_last(a, n_pad) for a in (bias, residual))
+        # First to where they are wanted: what splits them now need not divide the padded size.
+        if bias is not None:
+            bias = pad_last(split.bring(split.of_features(bias), bias), n_pad)
+        if residual is not None:
+            residual = pad_last(split.bring(split.result, residual), n_pad)
 
     def local(x, kernel, bias, scales, residual):
         rows = kernel.qvalue.shape[0]

@@ -29,7 +29,9 @@ from helpers import (
     implementations,
     randn,
 )
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from update_cases import mesh_devices
 
 from jaxfp8 import PaddedFP8Dense, PaddedKernel, fp8_dense, quantize_input
 from jaxfp8.dense_float import fp8_dense_float
@@ -106,6 +108,12 @@ def test_derivatives(activation, implementation):
     g = functools.partial(fp8_dense, q, KERNEL, BIAS, out_dtype=jnp.float32, **options)
     _, vjp = jax.vjp(lambda r: g(residual=r), RESIDUAL)
     np.testing.assert_array_equal(vjp(cotangent)[0], cotangent)
+    # Of the residual alone no other tangent is formed: 0 times infinity would be NaN.
+    infinite = BIAS.at[0].set(-jnp.inf)
+    for given in (X, q):
+        h = functools.partial(fp8_dense, given, KERNEL, infinite, out_dtype=jnp.float32, **options)
+        _, tangent = jax.jvp(lambda r, h=h: h(residual=r), (RESIDUAL,), (cotangent,))
+        np.testing.assert_array_equal(tangent, cotangent)
 
 
 @implementations
@@ -242,9 +250,26 @@ def test_on_a_mesh_of_explicit_axes(n, features, lead):
     for placed in (on_mesh(residual, *spec), on_mesh(residual)):
         got = compiled(lambda x, k, b, r: fp8_dense(x, k, b, residual=r))(*operands, placed)
         assert_typed(got, want, spec)
-    floats = on_mesh(x, lead), on_mesh(w, None, features), on_mesh(bias, features)
-    got = compiled(lambda x, w, b, r: fp8_dense_float(x, w, b, residual=r))(*floats, placed)
-    assert_typed(got, want, spec)
+        floats = on_mesh(x, lead), on_mesh(w, None, features), on_mesh(bias, features)
+        got = compiled(lambda x, w, b, r: fp8_dense_float(x, w, b, residual=r))(*floats, placed)
+        assert_typed(got, want, spec)
+
+
+def test_axes_that_divide_the_features_but_not_the_padded_ones():
+    """54 by 3, padded 64: the residual and the bias are brought to where they are wanted first."""
+    axis_types = (AxisType.Explicit, AxisType.Explicit)
+    mesh = Mesh(np.array(mesh_devices(3)).reshape(3, 1), ("data", "model"), axis_types=axis_types)
+    n = 54
+    x, w, bias, residual = rows(6), weight(n), bias_of(n), whole_numbers(5, 6, n)
+    want = fp8_dense(x, PaddedKernel.from_dense(w), bias, residual=residual)
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda x, k, b, r: fp8_dense(x, k, b, residual=r))(
+            on_mesh(x, mesh=mesh),
+            kernel_on_mesh(w, "model", mesh=mesh),
+            on_mesh(bias, "data", mesh=mesh),
+            on_mesh(residual, None, "data", mesh=mesh),
+        )
+    assert_typed(got, want, P(None, "model"))
 
 
 @pytest.mark.parametrize("n", [64, 52])

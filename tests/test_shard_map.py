@@ -115,6 +115,25 @@ def test_gradients_of_a_replicated_bias_alone(check_vma, activation):
     np.testing.assert_allclose(got, want, rtol=CLOSE["rtol"], atol=CLOSE["rtol"] * want.max())
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@check_vma
+def test_gradients_beside_a_residual_that_alone_varies(check_vma, activation):
+    """Each device adds rows of its own to the same product."""
+    dense = functools.partial(fp8_dense, activation=activation)
+    x, residual = X[:2], randn(3, (8, N))
+
+    def add(x, kernel, residual):
+        return dense(x, kernel, residual=residual)
+
+    g = sharded(add, (P(), P(), P("data")), P("data"), check_vma)
+    got = jax.jit(jax.grad(lambda x, r: jnp.sum(g(x, KERNEL, r) ** 2), (0, 1)))(x, residual)
+    apart = jax.grad(lambda x, r: jnp.sum((jnp.tile(dense(x, KERNEL), (4, 1)) + r) ** 2), (0, 1))(
+        x, residual
+    )
+    for a, b in zip(got, apart, strict=True):
+        np.testing.assert_allclose(a, b, rtol=CLOSE["rtol"], atol=CLOSE["rtol"] * np.abs(b).max())
+
+
 def test_gradients_of_replicated_float_weights_are_summed():
     def loss(x, w, bias):
         return jax.lax.psum(jnp.sum(fp8_dense_float(x, w, bias) ** 2), "data")
