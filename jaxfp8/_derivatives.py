@@ -16,7 +16,7 @@ from jaxfp8.quantize import is_fp8
 
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float32
+    from jaxtyping import Array, Float, Float32
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def matmul_operation(out_features, activation, out_dtype, promoted, implementati
     @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
         lhs, rhs, *floats = primals
-        if not _is_zero(tangents[:2]):
+        if not is_zero(tangents[:2]):
             raise TypeError(
                 "The operands of this product are float8_e4m3fn and cannot be differentiated. "
                 "Differentiate `fp8_dense` with respect to a float x, train a layer with a float "
@@ -47,7 +47,7 @@ def matmul_operation(out_features, activation, out_dtype, promoted, implementati
         _refuse_quantized_result(out_dtype)
         y = operation(*primals)
         *of_product, of_residual = tangents[2:]
-        if _is_zero(of_product) and not _is_zero(of_residual):
+        if is_zero(of_product) and not is_zero(of_residual):
             return y, jnp.zeros_like(y) + of_residual
         reference = functools.partial(_xla.scaled_matmul, lhs, rhs, **static)
         _, tangent = jax.jvp(reference, tuple(floats), _instantiate(floats, tangents[2:]))
@@ -85,9 +85,9 @@ def dense_operation(activation, out_dtype, promoted, implementation):
 
     @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        _, kernel, bias, _, _, residual = primals
+        _, kernel, *_ = primals
         x_dot, kernel_dot, bias_dot, _, _, residual_dot = tangents
-        if not _is_zero(kernel_dot):
+        if not is_zero(kernel_dot):
             raise TypeError(
                 "`kernel` is a PaddedKernel, which holds FP8 weights and cannot be differentiated. "
                 "To train the layer give it a float `param_dtype` (for example jnp.float32); to "
@@ -95,29 +95,17 @@ def dense_operation(activation, out_dtype, promoted, implementation):
             )
         _refuse_quantized_result(out_dtype)
         y = operation(*primals)
-
-        def before_activation(like):
+        terms = []
+        if not is_zero(x_dot):
             # x_scale drops out: rounding is straight-through, so x_scale * (x / x_scale) is x.
-            dot = jnp.zeros_like(like, jnp.float32)  # varies over a shard_map's axes as that does
-            if not _is_zero(x_dot):
-                dot += _tangent_matmul(x_dot, kernel)
-            if bias is not None and not _is_zero(bias_dot):
-                dot += _xla.as_row(bias_dot)
-            return dot
-
-        y_dot = jnp.zeros_like(y, jnp.float32)
-        if _is_zero((x_dot, bias_dot)):
-            pass  # the residual's alone: no second product
-        elif activation is None:
-            y_dot = before_activation(y)
-        else:
-            # Without the residual, which may vary over more axes.
-            pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
-            z = pre(*primals[:-1], None)
-            y_dot += activation_jvp(activation, before_activation(z), lambda: z)
-        if residual is not None and not _is_zero(residual_dot):
-            y_dot += residual_dot.astype(jnp.float32)
-        return y, y_dot.astype(out_dtype)
+            terms.append(_tangent_matmul(x_dot, kernel))
+        if not is_zero(bias_dot):
+            terms.append(_xla.as_row(bias_dot))
+        # Without the residual, which may vary over more of a shard_map's axes.
+        pre = dense_operation(None, jnp.dtype(jnp.float32), promoted, implementation)
+        return y, dense_tangent(
+            y, terms, residual_dot, activation, lambda: pre(*primals[:-1], None)
+        )
 
     return operation
 
@@ -152,11 +140,30 @@ def _refuse_quantized_result(out_dtype: Any) -> None:
         )
 
 
-def activation_jvp(activation, pre_dot, pre):
-    """The tangent past the activation; `pre()` recomputes the float32 pre-activation."""
-    if activation is None:
-        return pre_dot
-    return jax.jvp(_xla.ACTIVATIONS[activation], (pre(),), (pre_dot,))[1]
+def dense_tangent(y, terms, residual_dot, activation, pre) -> Float[Array, "*lead N"]:
+    """The tangent of a dense layer's result y, summed in float32.
+
+    Only what is not zero is formed: a residual alone asks for no product, and of an activation
+    whose pre-activation is infinite it gets no NaN.
+
+    Args:
+        y: the result, float `[*lead, N]`.
+        terms: float32 tangents that are summed before the activation, each of a shape that
+            broadcasts to y's.
+        residual_dot: of y's shape, a symbolic zero, or None.
+        activation: a name, or None.
+        pre: a function that computes the float32 pre-activation.
+    """
+    y_dot = jnp.zeros_like(y, jnp.float32)  # varies over a shard_map's axes as y does
+    if terms:
+        z = y if activation is None else pre()
+        z_dot = functools.reduce(jnp.add, terms, jnp.zeros_like(z, jnp.float32))
+        if activation is not None:
+            _, z_dot = jax.jvp(_xla.ACTIVATIONS[activation], (z,), (z_dot,))
+        y_dot += z_dot
+    if not is_zero(residual_dot):
+        y_dot += residual_dot.astype(jnp.float32)
+    return y_dot.astype(y.dtype)
 
 
 def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
@@ -167,7 +174,8 @@ def _tangent_matmul(x_dot, kernel: PaddedKernel) -> Float32[Array, "M N"]:
     return y_dot[:, : kernel.out_features]
 
 
-def _is_zero(tangents: Any) -> bool:
+def is_zero(tangents: Any) -> bool:
+    """Whether all tangents are symbolic zeros; those of None are."""
     leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
     return all(isinstance(t, SymbolicZero) for t in leaves)
 

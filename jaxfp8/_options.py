@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfp8 import _xla
-from jaxfp8.quantize import FP8_DTYPE, is_fp8
+from jaxfp8.quantize import FP8_DTYPE, dtype_of, is_fp8
 
 
 if TYPE_CHECKING:
@@ -126,9 +126,10 @@ def check_vector(a: Any, name: str, shapes: tuple, meaning: str) -> Float32[jax.
         TypeError: if it is no float of 16 bits or more.
         ValueError: if its shape is none of `shapes`, whose `meaning` the message says.
     """
-    dtype = jnp.result_type(a)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-        raise TypeError(f"`{name}` must be a float array, but it is {dtype}.")
+    dtype = dtype_of(a)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        came = f"a {type(a).__name__}" if dtype is None else dtype
+        raise TypeError(f"`{name}` must be a float array, but it is {came}.")
     if jnp.shape(a) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
@@ -152,10 +153,15 @@ def check_residual(residual: Any, shape: tuple, dtype: Any, out_scale: Any) -> j
             "rounded to e4m3. Leave `out_scale` out; `quantize_input` rounds the sum for a layer."
         )
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if jnp.result_type(residual) != dtype:
+    if (came := dtype_of(residual)) is None:
         raise TypeError(
-            f"`residual` must have the dtype of the result, {dtype}, but it is "
-            f"{jnp.result_type(residual)}. Cast it, or set the result's dtype."
+            f"`residual` must be an array of {dtype}, the dtype of the result, but it is a "
+            f"{type(residual).__name__}. Convert it with `jnp.asarray`."
+        )
+    if came != dtype:
+        raise TypeError(
+            f"`residual` must have the dtype of the result, {dtype}, but it is {came}. Cast it, or "
+            "set the result's dtype."
         )
     if jnp.shape(residual) != shape:
         raise ValueError(

@@ -84,19 +84,23 @@ def _float_operation(activation, out_dtype, precision, implementation):
     def operation(x, w, bias, residual):
         return dense(x, w, bias, residual, activation, out_dtype)
 
-    @operation.defjvp
+    @functools.partial(operation.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
-        x, w, bias, residual = primals
+        x, w, bias, _ = primals
         x_dot, w_dot, bias_dot, residual_dot = tangents
         y = operation(*primals)
-        y_dot = _matmul(x_dot, w) + _matmul(x, w_dot)
-        if bias is not None:
-            y_dot += bias_dot.astype(jnp.float32).reshape((1,) * (y_dot.ndim - 1) + (-1,))
+        terms = []
+        if not _derivatives.is_zero(x_dot):
+            terms.append(_matmul(x_dot, w))
+        if not _derivatives.is_zero(w_dot):
+            terms.append(_matmul(x, w_dot))
+        if not _derivatives.is_zero(bias_dot):
+            bias_dot = bias_dot.astype(jnp.float32)
+            terms.append(bias_dot.reshape((1,) * (jnp.ndim(y) - 1) + (-1,)))
         pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
-        y_dot = _derivatives.activation_jvp(activation, y_dot, lambda: pre(x, w, bias, None))
-        if residual is not None:
-            y_dot += residual_dot.astype(jnp.float32)
-        return y, y_dot.astype(out_dtype)
+        return y, _derivatives.dense_tangent(
+            y, terms, residual_dot, activation, lambda: pre(x, w, bias, None)
+        )
 
     return operation
 

@@ -7,7 +7,7 @@ Both implementations of the layer use these constants; the CUDA quantize kernel 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,23 @@ INV_FP8_MAX = np.float32(1.0) / np.float32(FP8_MAX)
 MIN_SCALE = np.float32(2.0**-126)
 
 
+def dtype_of(x: object) -> Any:
+    """The dtype of an array or a number, as JAX sees it; None for anything else."""
+    if isinstance(x, tuple):  # numpy would take it for the description of a dtype
+        return None
+    try:
+        return jnp.result_type(x)
+    except TypeError:
+        return None
+
+
 def check_float(x: object, name: str) -> None:
     """Refuse what cannot be quantized: integers, complex numbers and 8-bit floats.
 
     Raises:
         TypeError: if `x` is not a real float of 16 bits or more.
     """
-    try:
-        # numpy would take a tuple for the description of a dtype.
-        dtype = None if isinstance(x, tuple) else jnp.result_type(x)
-    except TypeError:
-        dtype = None
+    dtype = dtype_of(x)
     if dtype is None:
         raise TypeError(
             f"`{name}` must be a real float array of 16 bits or more (bfloat16, float16, float32 "

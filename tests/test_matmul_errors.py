@@ -56,6 +56,8 @@ OF_BIAS_AND_OPTIONS = [
     case("scalar bias", ValueError, r"`bias` must have shape.*\(\)", X, ..., np.float32(1)),
     case("int bias", TypeError, r"`bias` must be a float.*int32", X, ..., np.ones(50, np.int32)),
     case("fp8 bias", TypeError, r"`bias` must be.*float8", X, ..., jnp.zeros(50, FP8_DTYPE)),
+    case("list as bias", TypeError, r"`bias` must be a float array, but it is a list", X, ...,
+         [0.0] * 50),
     case("activation", ValueError, r"`activation` must be one of None, 'relu', 'gelu', 'silu', but "
          r"it is 'tanh'", X, ..., activation="tanh"),
     case("callable activation", ValueError, r"`activation` must be one of.*Apply any other", X, ...,

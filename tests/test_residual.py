@@ -152,6 +152,11 @@ def test_a_weight_in_floats(activation, implementation):
     *got, of_residual = vjp((RESIDUAL,))
     np.testing.assert_array_equal(of_residual, cotangent)
     jax.tree.map(np.testing.assert_array_equal, tuple(got), vjp(()))
+    # Of the residual alone no other tangent is formed: 0 times infinity would be NaN.
+    infinite = BIAS.at[0].set(-jnp.inf)
+    f = functools.partial(fp8_dense_float, X, W, infinite, **options)
+    _, tangent = jax.jvp(lambda r: f(residual=r), (RESIDUAL,), (cotangent,))
+    np.testing.assert_array_equal(tangent, cotangent)
 
 
 @implementations
@@ -238,6 +243,8 @@ def test_is_part_of_the_custom_call(n, dtype, inside, quantized):
          {"residual": RESIDUAL, "out_dtype": jnp.bfloat16}),
         (TypeError, r"the result, float32, but it is int32",
          {"residual": RESIDUAL.astype(jnp.int32)}),
+        (TypeError, r"`residual` must be an array of float32, .* but it is a list\. Convert it",
+         {"residual": RESIDUAL.tolist()}),
         (ValueError, r"`residual` must have the shape of the result, \(12, 50\), .*\(50,\)",
          {"residual": RESIDUAL[0]}),
         (ValueError, r"the shape of the result, \(12, 50\), but its shape is \(12, 64\)",
