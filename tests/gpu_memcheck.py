@@ -37,12 +37,18 @@ DENSE = [
 # The last is quantized by an out_scale, and its rows are padded.
 OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, FP8_DTYPE)
 OUT_SCALE = np.float32(0.5)
-# The quantize kernel's ways of reading a row: rows too long to be kept, by elements and by chunks;
-# then rows of which every other one begins 8 bytes past a multiple of 16.
+# The quantize kernel's ways of reading a row: rows too long to be kept, by 4, 8 and 2 bytes; then
+# rows that are kept.
 ROWS = [
     (3, 70001, np.float32),
     (3, 70004, ml_dtypes.bfloat16),
+    (3, 70001, np.float16),
     (3, 9000, np.float16),
+    (3, 50002, ml_dtypes.bfloat16),
+    (5, 3421, np.float16),
+    (517, 3421, ml_dtypes.bfloat16),
+    (5, 3422, ml_dtypes.bfloat16),
+    (517, 3422, np.float16),
     (5, 3420, ml_dtypes.bfloat16),
     (517, 3420, ml_dtypes.bfloat16),
     (518, 3420, ml_dtypes.bfloat16),
@@ -56,11 +62,12 @@ ROWS = [
     (1, 1, np.float32),
 ]
 
-# Loaded weights [K, N]: read by 16 bytes, by 8 that are shifted, and by elements, in either layout;
-# past a tile of either side, and less than one.
+# Loaded weights [K, N]: read by 16, 8, 4 and 2 bytes in either layout; past a tile of either side,
+# and less than one.
 WEIGHTS = [
     (144, 208, ml_dtypes.bfloat16),
     (516, 260, ml_dtypes.bfloat16),
+    (514, 262, ml_dtypes.bfloat16),
     (515, 259, np.float16),
     (1100, 67, np.float32),
     (1, 1, ml_dtypes.bfloat16),

@@ -15,11 +15,13 @@ from jaxfp8.quantize import FP8_DTYPE, cast_to_fp8, quantize
 
 
 pytestmark = pytest.mark.gpu
-# Every other row begins 8 bytes past a multiple of 16 where K is 50, 1022 or 1030 and x float32, or
-# K is 100, 516, 2044, 3420, 53252 or 57364 and x of 16 bits; 1022 and 2044 fill their last warp.
-WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1022, 1026, 1030, 2044, 3420, 4096, 14336]
-WIDTHS += [53252, 57344]  # read twice in float32
-WIDTHS += [57360, 57364, 70000]  # read twice
+# Rows are read by 16, 8, 4 or 2 bytes, of which K in bytes is a multiple: by 8 where K is 50, 1022
+# or 1030 and x float32, or K is 100, 516, 2044, 3420, 53252 or 65556 and x of 16 bits; by 4 and 2
+# at 50, 1022, 1026, 3422 and 65554, and at odd K. 1022 and 2044 fill their last warp.
+WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1022, 1026, 1030, 2044, 3420, 3421, 3422, 4096]
+WIDTHS += [14336, 16386, 16387]
+WIDTHS += [32768, 53252, 57344, 65536]  # 8 chunks a thread in 16 bits; read twice in float32
+WIDTHS += [65552, 65554, 65556, 70000, 70001]  # read twice
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__
 )
@@ -132,8 +134,9 @@ def test_rows_that_do_not_fill_a_block(m):
     assert (bits(qx)[:, 40:] == 0).all()
 
 
-# Rows by 8 bytes end, in the last row, with half of what the others read: where M is odd.
-MANY = [50, 100, 513, 516, 768, 1022, 1030, 1280, 2044, 3420, 4100, 14336, 16390, 28668]
+# One of each number of chunks that a thread may have, by each number of bytes.
+MANY = [50, 100, 513, 516, 768, 1022, 1030, 1280, 1536, 2044, 3420, 3421, 3422, 4096, 4100, 11008]
+MANY += [14336, 16386, 16387, 16390, 28668, 41000]
 
 
 @dtypes
@@ -141,7 +144,7 @@ MANY = [50, 100, 513, 516, 768, 1022, 1030, 1280, 2044, 3420, 4100, 14336, 16390
     ("m", "k"), [*((515, k) for k in MANY), (514, 516), (514, 3420), (2050, 3420), (2051, 1280)]
 )
 def test_many_rows(m, k, dtype):
-    """From 512 rows on a thread keeps more of a row; a row of them says whose neighbour it took."""
+    """From 512 rows on a thread keeps more of a row; x grows along it, so a wrong place shows."""
     x = np.random.default_rng(k).standard_normal((m, k), np.float32)
     x = jnp.asarray((x * np.arange(1, k + 1) / k).astype(dtype))
     for x_scale in (None, np.float32(0.003)):

@@ -60,9 +60,7 @@ __device__ inline float scale_of_amax(float amax) {
 // The e4m3 codes of a chunk, as many bytes as it has numbers.
 template <class T>
 struct alignas(Chunk<T>::kSize) Codes {
-  using Half = std::conditional_t<Chunk<T>::kSize == 8, uint32_t, uint16_t>;
-  using Whole = std::conditional_t<Chunk<T>::kSize == 8, uint64_t, uint32_t>;
-  Half low, high;
+  std::conditional_t<Chunk<T>::kSize == 8, uint64_t, uint32_t> bytes;
 };
 
 // Codes of x * reciprocal; 0 from the chunk's number `valid` on, also where the scale is NaN.
@@ -86,40 +84,17 @@ __device__ Codes<T> encode(Chunk<T> const& chunk, float reciprocal, int valid) {
   }
   if (valid < Chunk<T>::kSize) {
     // All bytes at once: pair by pair it was a third of the kernel's instructions.
-    using Whole = typename Codes<T>::Whole;
-    auto& bytes = reinterpret_cast<Whole&>(codes);
-    bytes &= valid > 0 ? (Whole{1} << 8 * valid) - 1 : 0;
+    codes.bytes &= valid > 0 ? (decltype(codes.bytes){1} << 8 * valid) - 1 : 0;
   }
   return codes;
 }
 
-// The chunk at `at` of a row of k numbers, to its place in the row `to` of k_pad codes; by all lanes
-// of a warp, which have chunks that lie side by side.
-//
-// Chunks of a shifted row begin half a chunk early (chunk.cuh): each lane stores its second half
-// together with the first half of the next lane. Only a warp's first and last lane store one alone;
-// behind the row is padding, and so 0.
+// The chunk at `at` of a row of k numbers, to its place in the row `to` of k_pad codes.
 template <bool kStatic, class T>
 __device__ void store_chunk(Chunk<T> const& chunk, float reciprocal, int at, int k, int k_pad,
-                            bool shifted, uint8_t* to) {
-  using Half = typename Codes<T>::Half;
+                            uint8_t* to) {
   Codes<T> const codes = encode<kStatic>(chunk, reciprocal, k - at);
-  if (!shifted) {
-    if (at < k_pad) *reinterpret_cast<Codes<T>*>(to + at) = codes;
-    return;
-  }
-  constexpr int kHalf = Chunk<T>::kSize / 2;
-  int const lane = threadIdx.x % 32, middle = at + kHalf;
-  auto next = static_cast<Half>(__shfl_down_sync(0xffffffffu, codes.low, 1));
-  if (lane == 31 && middle + kHalf >= k) next = 0;
-  if (middle < k_pad) {
-    if (lane < 31 || middle + kHalf >= k) {
-      *reinterpret_cast<Codes<T>*>(to + middle) = {codes.high, next};
-    } else {
-      *reinterpret_cast<Half*>(to + middle) = codes.high;
-    }
-  }
-  if (lane == 0 && at >= 0 && at < k) *reinterpret_cast<Half*>(to + at) = codes.low;
+  if (at < k_pad) *reinterpret_cast<Codes<T>*>(to + at) = codes;
 }
 
 }  // namespace jaxfp8

@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "chunk.cuh"
 #include "e4m3.cuh"
@@ -16,41 +15,42 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
+// Registers a thread for so many chunks, 4 words each.
+// NOTES: left to itself ptxas converts chunks before the row's maximum is known, and takes up to
+// 64. Then a multiprocessor holds a block or two of a long row, and idles at their barriers:
+// 4096x18944 took 78.7 us with 4 chunks a thread and takes 56.2, 4096x11008 39.5 and 33.7,
+// 1024x14336 12.9 and 12.0 (H200, 2026-12-01). Numbers of 2 bytes that are read one by one need
+// more, or spill.
+template <int kBytes, int kKept>
+constexpr int kRegisters = kBytes < 4 || kKept > 5 ? 64 : kKept > 3 ? 40 : 32;
+
 // Block (threads, rows): each row of x has its own `threads`, a multiple of the warp.
 // NOTES: kKept chunks a thread stay in registers; kKept = 0 is for rows beyond 1024 threads of
-// 7 chunks, read twice.
-template <class T, Load kLoad, int kKept>
-__global__ void __launch_bounds__(kMaxThreads)
+// 8 chunks, read twice.
+template <class T, int kBytes, int kKept>
+__global__ void __maxnreg__((kRegisters<kBytes, kKept>))
     quantize_rows(T const* __restrict__ x, float const* __restrict__ x_scale,
                   uint8_t* __restrict__ q, float* __restrict__ scale, int m, int k, int k_pad,
                   RowClasses classes, bool lets_next_start) {
-  // The GEMM behind waits for this grid's end before it reads. Without effect unless it was launched
-  // as a dependent.
+  // The GEMM behind waits for this grid's end before it reads. Without effect unless it was
+  // launched as a dependent.
   if (lets_next_start) asm volatile("griddepcontrol.launch_dependents;");
   constexpr int kSize = Chunk<T>::kSize;
   int const row_index = blockIdx.x * blockDim.y + threadIdx.y;
   bool const active = row_index < m;
   T const* row = x + static_cast<int64_t>(active ? row_index : 0) * k;
   int const step = blockDim.x * kSize;
-  bool const shifted = is_shifted<T, kLoad>(row);
-  int const start = threadIdx.x * kSize - (shifted ? kSize / 2 : 0);
+  int const start = threadIdx.x * kSize;
 
   Chunk<T> kept[kKept > 0 ? kKept : 1];
   Amax<T> chunk_amax;
   if constexpr (kKept > 0) {
-    if (kLoad == Load::k8Bytes && row_index + 1 < m) {
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) kept[i] = load_aligned(row, start + i * step, k);
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) clear_outside(kept[i], start + i * step, k);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<T, kLoad>(row, start + i * step, k);
-    }
+    for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<kBytes>(row, start + i * step, k);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) chunk_amax.add(kept[i]);
   } else if (x_scale == nullptr) {
-    for (int at = start; at < k; at += step) chunk_amax.add(load_chunk<T, kLoad>(row, at, k));
+    for (int at = start; at < k; at += step) chunk_amax.add(load_chunk<kBytes>(row, at, k));
   }
 
   bool const is_static = x_scale != nullptr;
@@ -84,9 +84,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   uint8_t* to = q + static_cast<int64_t>(place) * k_pad;
   auto const store = [&](Chunk<T> const& chunk, int at) {
     if (is_static) {
-      store_chunk<true>(chunk, reciprocal, at, k, k_pad, shifted, to);
+      store_chunk<true>(chunk, reciprocal, at, k, k_pad, to);
     } else {
-      store_chunk<false>(chunk, reciprocal, at, k, k_pad, shifted, to);
+      store_chunk<false>(chunk, reciprocal, at, k, k_pad, to);
     }
   };
   if constexpr (kKept > 0) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int i = 0; i < kKept; ++i) store(kept[i], start + i * step);
   } else {
     for (int base = 0; base < k_pad; base += step) {
-      store(load_chunk<T, kLoad>(row, base + start, k), base + start);
+      store(load_chunk<kBytes>(row, base + start, k), base + start);
     }
   }
 }
@@ -103,25 +103,26 @@ template <class T>
 using QuantizeKernel = void (*)(T const*, float const*, uint8_t*, float*, int, int, int, RowClasses,
                                 bool);
 
-template <class T, Load kLoad>
+template <class T, int kBytes>
 QuantizeKernel<T> pick_kept(int kept) {
   switch (kept) {
-    case 1: return quantize_rows<T, kLoad, 1>;
-    case 2: return quantize_rows<T, kLoad, 2>;
-    case 3: return quantize_rows<T, kLoad, 3>;
-    case 4: return quantize_rows<T, kLoad, 4>;
-    case 5: return quantize_rows<T, kLoad, 5>;
-    case 7: return quantize_rows<T, kLoad, 7>;
-    default: return quantize_rows<T, kLoad, 0>;
+    case 1: return quantize_rows<T, kBytes, 1>;
+    case 2: return quantize_rows<T, kBytes, 2>;
+    case 3: return quantize_rows<T, kBytes, 3>;
+    case 4: return quantize_rows<T, kBytes, 4>;
+    case 5: return quantize_rows<T, kBytes, 5>;
+    case 8: return quantize_rows<T, kBytes, 8>;
+    default: return quantize_rows<T, kBytes, 0>;
   }
 }
 
 template <class T>
-QuantizeKernel<T> pick_load(Load load, int kept) {
-  switch (load) {
-    case Load::k16Bytes: return pick_kept<T, Load::k16Bytes>(kept);
-    case Load::k8Bytes: return pick_kept<T, Load::k8Bytes>(kept);
-    default: return pick_kept<T, Load::kElements>(kept);
+QuantizeKernel<T> pick(int bytes, int kept) {
+  switch (bytes) {
+    case 16: return pick_kept<T, 16>(kept);
+    case 8: return pick_kept<T, 8>(kept);
+    case 4: return pick_kept<T, 4>(kept);
+    default: return pick_kept<T, sizeof(T)>(kept);
   }
 }
 
@@ -129,44 +130,41 @@ int whole_warps(int threads) { return (threads + 31) / 32 * 32; }
 
 // How many 16-byte chunks of a row each of its threads holds; 0: the row is read twice.
 //
-// NOTES: few rows want threads on each, for the latency, but not all that a block may have: with 256
-// of them 16x4096 takes 1.59 us and with 512 1.60, 256x8192 2.68 and with 1024 3.10. Many rows want
-// no thread idle first, then chunks in flight and blocks small enough that others load while one
-// waits at its barrier: with 5 a thread, a warp to a row, 4096x1280 takes 3.46 us, with 4 4.43, with 2
-// 4.23; with 7 1024x14336 10.0 and with 4 11.1; with 4 4096x4096 12.4 and with 5 12.7. Rows read by 8
-// bytes: 1024x3420 3.69 with 2, 3.76 with 7; 4096x3420 10.5 and 9.7. By elements 4096x3422 takes 11.5
-// with 2 and 12.4 with 3 or 5 (H200, 2026-11-30, bf16, x in L2 where it fits). Tried, of no use: rows
-// brought into shared memory by the bulk copy engine, two to four ahead of their warps (4096x14336
-// 46.0, 4096x1280 5.5).
-int chunks_kept(int m, int chunks, Load load) {
-  constexpr int kManyRows = 512, kVeryMany = 2048, kWide = 1536;
+// NOTES: few rows want threads on each, for the latency, but not all that a block may have: with
+// 256 of them 16x4096 takes 1.59 us and with 512 1.60, 256x8192 2.68 and with 1024 3.10. Many short
+// rows want no thread idle: with 5 a thread, a warp to a row, 4096x1280 takes 3.72 us, with 4 5.25,
+// with 2 4.70. Longer ones want several blocks at work on a multiprocessor: with 5 512x13824 takes
+// 6.07 and with 4 6.39, 1024x29568 24.3 and 28.2. Of 19 widths from 1280 to 29568 and M of 512 to
+// 4096 the choice takes 1.007 of the time of the best of 1 to 8 in geometric mean, 1.067 at worst
+// (2048x3420; H200, 2026-12-01, bf16, x in L2 where it fits). Tried, of no use: rows brought into
+// shared memory by the bulk copy engine, two to four ahead of their warps (4096x14336 46.0,
+// 4096x1280 5.5).
+int chunks_kept(int m, int chunks, int bytes) {
+  constexpr int kManyRows = 512;
   auto const threads = [&](int kept) { return whole_warps((chunks + kept - 1) / kept); };
-  auto const least_idle = [&](std::initializer_list<int> by_preference) {
-    int best = 0;
-    for (int kept : by_preference) {
-      if (threads(kept) > kMaxThreads) continue;
-      if (best == 0 || kept * threads(kept) < best * threads(best)) best = kept;
+  if (m < kManyRows && chunks <= 4 * kMaxThreads) return chunks <= 256 ? 1 : chunks <= 640 ? 2 : 4;
+  if (bytes < 4 && chunks <= 2 * kMaxThreads) return 2;
+  if (chunks <= 512) {
+    int best = 3;
+    for (int kept : {5, 4, 2}) {
+      if (kept * threads(kept) < best * threads(best)) best = kept;
     }
     return best;
-  };
-  if (m < kManyRows && chunks <= 4 * kMaxThreads) return chunks <= 256 ? 1 : chunks <= 640 ? 2 : 4;
-  if (load == Load::kElements && chunks <= 2 * kMaxThreads) return 2;
-  if (chunks >= kWide) return least_idle({7, 4, 3, 2, 5});
-  return m < kVeryMany ? least_idle({4, 3, 2, 5, 7}) : least_idle({4, 3, 5, 7, 2});
+  }
+  if (chunks <= 1536) return 4;
+  return chunks <= 5 * kMaxThreads ? 5 : chunks <= 8 * kMaxThreads ? 8 : 0;
 }
 
 template <class T>
 char const* launch(QuantizeProblem const& p) {
-  auto const pitch = static_cast<uint64_t>(p.k) * sizeof(T) | reinterpret_cast<uintptr_t>(p.x);
+  int const bytes = bytes_at_once(static_cast<uint64_t>(p.k) * sizeof(T) |
+                                  reinterpret_cast<uintptr_t>(p.x));
   int const chunks = (p.k_pad + Chunk<T>::kSize - 1) / Chunk<T>::kSize;
-  Load const load = pitch % 16 == 0  ? Load::k16Bytes
-                    : pitch % 8 == 0 ? Load::k8Bytes
-                                     : Load::kElements;
-  int const kept = chunks_kept(p.m, chunks, load);
+  int const kept = chunks_kept(p.m, chunks, bytes);
   int const shares = kept > 0 ? (chunks + kept - 1) / kept : kMaxThreads;
   int const threads = whole_warps(shares);
   int const rows = std::max(1, 128 / threads);
-  auto* kernel = pick_load<T>(load, kept);
+  auto* kernel = pick<T>(bytes, kept);
   kernel<<<(p.m + rows - 1) / rows, dim3(threads, rows), 0, p.stream>>>(
       static_cast<T const*>(p.x), p.x_scale, static_cast<uint8_t*>(p.q), p.scale, p.m, p.k,
       p.k_pad, p.classes, p.lets_next_start);
@@ -176,11 +174,11 @@ char const* launch(QuantizeProblem const& p) {
 
 template <class T>
 cudaError_t load_modules() {
-  for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
-    for (int kept : {0, 1, 2, 3, 4, 5, 7}) {
+  for (int bytes : {16, 8, 4, 2}) {
+    for (int kept : {0, 1, 2, 3, 4, 5, 8}) {
       cudaFuncAttributes attributes;
       cudaError_t const status = cudaFuncGetAttributes(
-          &attributes, reinterpret_cast<void const*>(pick_load<T>(load, kept)));
+          &attributes, reinterpret_cast<void const*>(pick<T>(bytes, kept)));
       if (status != cudaSuccess) return status;
     }
   }

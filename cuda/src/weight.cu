@@ -11,28 +11,31 @@ namespace {
 
 using WeightKernel = void (*)(WeightProblem const);
 
+template <class T, int kBytes>
+WeightKernel pick_layout(bool in_out) {
+  return in_out ? weight_columns<T, kBytes> : weight_rows<T, kBytes>;
+}
+
 template <class T>
-WeightKernel pick(bool in_out, Load load) {
-  if (in_out) {
-    return load == Load::k16Bytes ? weight_columns<T, Load::k16Bytes>
-                                  : weight_columns<T, Load::kElements>;
-  }
-  switch (load) {
-    case Load::k16Bytes: return weight_rows<T, Load::k16Bytes>;
-    case Load::k8Bytes: return weight_rows<T, Load::k8Bytes>;
-    default: return weight_rows<T, Load::kElements>;
+WeightKernel pick(bool in_out, int bytes) {
+  switch (bytes) {
+    case 16: return pick_layout<T, 16>(in_out);
+    case 8: return pick_layout<T, 8>(in_out);
+    case 4: return pick_layout<T, 4>(in_out);
+    default: return pick_layout<T, sizeof(T)>(in_out);
   }
 }
 
-constexpr int kStageBytes = Tiles<float, Load::k16Bytes>::kBytes;  // the same for every T
+template <class T>
+int stage_bytes(int bytes) {
+  return bytes < 4 ? Tiles<T, sizeof(T)>::kStageBytes : Tiles<T, 16>::kStageBytes;
+}
 
 template <class T>
 char const* launch(WeightProblem const& p) {
-  auto pitch = static_cast<uint64_t>(p.in_out ? p.n : p.k) * sizeof(T);
-  for (int i = 0; i < p.count; ++i) pitch |= reinterpret_cast<uintptr_t>(p.w[i]);
-  Load const load = pitch % 16 == 0  ? Load::k16Bytes
-                    : pitch % 8 == 0 ? Load::k8Bytes
-                                     : Load::kElements;
+  auto multiples = static_cast<uint64_t>(p.in_out ? p.n : p.k) * sizeof(T);
+  for (int i = 0; i < p.count; ++i) multiples |= reinterpret_cast<uintptr_t>(p.w[i]);
+  int const bytes = bytes_at_once(multiples);
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -41,7 +44,7 @@ char const* launch(WeightProblem const& p) {
   if (p.in_out) {
     config.gridDim = dim3((p.n_pad + kStrip - 1) / kStrip * kCluster, p.stack, p.count);
     config.blockDim = dim3(kThreadsOfTile);
-    config.dynamicSmemBytes = load == Load::k16Bytes ? kStageBytes : 0;
+    config.dynamicSmemBytes = stage_bytes<T>(bytes);
     config.attrs = &cluster;
     config.numAttrs = 1;
   } else {
@@ -49,17 +52,17 @@ char const* launch(WeightProblem const& p) {
     config.gridDim = dim3(p.measured != nullptr ? p.n : p.n_pad, p.stack, p.count);
     config.blockDim = dim3(std::min((chunks + 31) / 32 * 32, kThreadsOfRow));
   }
-  cudaError_t const status = cudaLaunchKernelEx(&config, pick<T>(p.in_out, load), p);
+  cudaError_t const status = cudaLaunchKernelEx(&config, pick<T>(p.in_out, bytes), p);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 template <class T>
 cudaError_t load_modules() {
   for (bool in_out : {false, true}) {
-    for (Load load : {Load::k16Bytes, Load::k8Bytes, Load::kElements}) {
+    for (int bytes : {16, 8, 4, 2}) {
       cudaError_t const status = cudaFuncSetAttribute(
-          reinterpret_cast<void const*>(pick<T>(in_out, load)),
-          cudaFuncAttributeMaxDynamicSharedMemorySize, in_out ? kStageBytes : 0);
+          reinterpret_cast<void const*>(pick<T>(in_out, bytes)),
+          cudaFuncAttributeMaxDynamicSharedMemorySize, in_out ? stage_bytes<T>(bytes) : 0);
       if (status != cudaSuccess) return status;
     }
   }

@@ -1,6 +1,6 @@
-// A loaded [K, N] weight -> e4m3, K-major, padded. An output feature is a column: a cluster of blocks
-// has a strip of columns, and the blocks take its tiles of K in turn and turn them in shared memory.
-// To measure and write in one launch leaves much of the second read to the caches.
+// A loaded [K, N] weight -> e4m3, K-major, padded. An output feature is a column: a cluster of
+// blocks has a strip of columns, and the blocks take its tiles of K in turn and turn them in shared
+// memory. To measure and write in one launch leaves much of the second read to the caches.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,8 +18,8 @@ constexpr int kStrip = 64;        // columns of a cluster: 128 bytes of 16-bit n
 constexpr int kCluster = 8;       // blocks of a cluster, the most that every GPU grants
 constexpr int kChunksOfTile = 4;  // of a thread
 // Tiles of a block that are on their way or in use. Of [K, N], 16 x 4096 x 4096, us to measure, to
-// write, to do both (H200, 2026-11-23): without reading ahead 158, 305, 351; 2 stages 148, 199, 288;
-// 3 stages 158, 202, 272; a copy of as many bytes as are written and read takes 132, 199, 199.
+// write, to do both (H200, 2026-11-23): without reading ahead 158, 305, 351; 2 stages 148, 199,
+// 288; 3 stages 158, 202, 272; a copy of as many bytes as are written and read takes 132, 199, 199.
 constexpr int kStages = 2;
 
 // The maxima of |x| down as many columns as a chunk has.
@@ -49,15 +49,17 @@ __device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
   return low | high << 16;
 }
 
-// A thread's share of the tiles that its block takes, read ahead. Nobody else reads the thread's part
-// of `stages`, so no barrier is needed.
-template <class T, Load kLoad>
+// A thread's share of the tiles that its block takes, read ahead. Nobody else reads the thread's
+// part of `stages`, so no barrier is needed.
+template <class T, int kBytes>
 struct Tiles {
   static constexpr int kSize = Chunk<T>::kSize;
   static constexpr int kLanes = kStrip / kSize;      // threads along N
   static constexpr int kGroups = kThreadsOfTile / kLanes;  // threads along K, of four rows each
   static constexpr int kTile = kChunksOfTile * kGroups;
-  static constexpr int kBytes = kLoad == Load::k16Bytes ? kStages * kChunksOfTile * kThreadsOfTile * 16 : 0;
+  // cp.async has no copy of 2 bytes.
+  static constexpr bool kAhead = kBytes >= 4;
+  static constexpr int kStageBytes = kAhead ? kStages * kChunksOfTile * kThreadsOfTile * 16 : 0;
 
   T const* w;
   int k, n, column, row;  // of the thread's first chunk in tile 0
@@ -67,29 +69,40 @@ struct Tiles {
     return stages + (stage * kChunksOfTile + i) * kThreadsOfTile + threadIdx.x;
   }
   __device__ void fetch(int tile, int stage) const {
-    if constexpr (kLoad == Load::k16Bytes) {
+    if constexpr (kAhead) {
 #pragma unroll
       for (int i = 0; i < kChunksOfTile; ++i) {
         int const at = tile * kTile + row + i;
-        bool const inside = at < k && column < n;
-        T const* from = w + (inside ? static_cast<int64_t>(at) * n + column : 0);
         auto const to = static_cast<uint32_t>(__cvta_generic_to_shared(slot(stage, i)));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                     "r"(inside ? 16 : 0) : "memory");
+#pragma unroll
+        for (int j = 0; j < 16; j += kBytes) {
+          int const in_row = column + j / sizeof(T);
+          bool const inside = at < k && in_row < n;
+          T const* from = w + (inside ? static_cast<int64_t>(at) * n + in_row : 0);
+          copy_ahead(to + j, from, inside ? kBytes : 0);
+        }
       }
+    }
+  }
+  // `bytes` of kBytes, and zeros; past the L1 where it can be (16 bytes alone).
+  __device__ static void copy_ahead(uint32_t to, T const* from, int bytes) {
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                   : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
+                   "n"(kBytes), "r"(bytes)
+                   : "memory");
     }
   }
   __device__ void take(int tile, int stage, Chunk<T> (&chunks)[kChunksOfTile]) const {
 #pragma unroll
     for (int i = 0; i < kChunksOfTile; ++i) {
-      if constexpr (kLoad == Load::k16Bytes) {
+      if constexpr (kAhead) {
         reinterpret_cast<uint4&>(chunks[i]) = *slot(stage, i);
       } else {
         int const at = tile * kTile + row + i;
-        chunks[i] = Chunk<T>{};
-        if (at < k) {
-          chunks[i] = load_chunk<T, kLoad>(w + static_cast<int64_t>(at) * n, column, n);
-        }
+        chunks[i] = load_chunk<kBytes>(w + static_cast<int64_t>(at) * n, column, at < k ? n : 0);
       }
     }
   }
@@ -113,9 +126,10 @@ struct Tiles {
 };
 
 // Block (x: strip and rank in its cluster; y: matrix of the stack; z: weight).
-template <class T, Load kLoad>
-__global__ void __launch_bounds__(kThreadsOfTile) weight_columns(__grid_constant__ WeightProblem const p) {
-  using Mine = Tiles<T, kLoad>;
+template <class T, int kBytes>
+__global__ void __launch_bounds__(kThreadsOfTile)
+    weight_columns(__grid_constant__ WeightProblem const p) {
+  using Mine = Tiles<T, kBytes>;
   constexpr int kSize = Mine::kSize, kLanes = Mine::kLanes, kGroups = Mine::kGroups;
   constexpr int kTile = Mine::kTile;
   constexpr int kPitch = kGroups + 1;  // in words: fewer bank conflicts
@@ -177,7 +191,8 @@ __global__ void __launch_bounds__(kThreadsOfTile) weight_columns(__grid_constant
 #pragma unroll
   for (int i = 0; i < kSize; ++i) reciprocal[i] = reciprocals[lane * kSize + i];
 
-  auto* q = static_cast<uint8_t*>(p.q[which]) + static_cast<int64_t>(blockIdx.y) * p.n_pad * p.k_pad;
+  auto* q =
+      static_cast<uint8_t*>(p.q[which]) + static_cast<int64_t>(blockIdx.y) * p.n_pad * p.k_pad;
   int buffer = 0;
   // NOTES: backwards, because what was measured last is still in a cache.
   mine.for_each(rank + (count - 1) * kCluster, -kCluster, count,

@@ -1,5 +1,5 @@
-// A loaded [N, K] weight -> e4m3, padded: an output feature is a row, and a block's. Its second read
-// finds it in a cache.
+// A loaded [N, K] weight -> e4m3, padded: an output feature is a row, and a block's. Its second
+// read finds it in a cache.
 #pragma once
 
 #include "chunk.cuh"
@@ -27,8 +27,9 @@ __device__ float row_amax(int k_pad, LoadChunk load) {
 }
 
 // Block (x: output feature, padding included; y: matrix of the stack; z: weight).
-template <class T, Load kLoad>
-__global__ void __launch_bounds__(kThreadsOfRow) weight_rows(__grid_constant__ WeightProblem const p) {
+template <class T, int kBytes>
+__global__ void __launch_bounds__(kThreadsOfRow)
+    weight_rows(__grid_constant__ WeightProblem const p) {
   constexpr int kSize = Chunk<T>::kSize;
   int const n = blockIdx.x, start = threadIdx.x * kSize, step = blockDim.x * kSize;
   int const which = blockIdx.z;
@@ -44,9 +45,7 @@ __global__ void __launch_bounds__(kThreadsOfRow) weight_rows(__grid_constant__ W
     return;
   }
   T const* row = static_cast<T const*>(p.w[which]) + logical * p.k;
-  bool const shifted = is_shifted<T, kLoad>(row);
-  int const first = start - (shifted ? kSize / 2 : 0);
-  auto const load = [&](int base) { return load_chunk<T, kLoad>(row, base + first, p.k); };
+  auto const load = [&](int base) { return load_chunk<kBytes>(row, base + start, p.k); };
   float const scale =
       p.given != nullptr ? p.given[in_all] : scale_of_amax(row_amax<T>(p.k_pad, load));
   if (threadIdx.x == 0) *(p.measured ? p.measured + in_all : p.scale[which] + padded) = scale;
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kThreadsOfRow) weight_rows(__grid_constant__ W
   float const reciprocal = __fdiv_rn(1.f, scale);
 #pragma unroll 4
   for (int base = 0; base < p.k_pad; base += step) {
-    store_chunk<false>(load(base), reciprocal, base + first, p.k, p.k_pad, shifted, to);
+    store_chunk<false>(load(base), reciprocal, base + start, p.k, p.k_pad, to);
   }
 }
 
