@@ -75,18 +75,23 @@ class Clocked:
             return None
         first, parts = self.profiles[name][0], TRACE_CALLS * self.parts[name]
         longest = sorted(first.seconds_of.items(), key=lambda item: -item[1])[:8]
-        return {
-            kernel[:400]: {
-                "launches": first.kernels[kernel] / parts,
-                "microseconds": 1e6 * seconds / parts,
-            }
-            for kernel, seconds in longest
-        }
+        found: dict[str, dict[str, float]] = {}
+        for kernel, seconds in longest:
+            # Those of one shortened name together.
+            row = found.setdefault(shortened(kernel), {"launches": 0.0, "microseconds": 0.0})
+            row["launches"] += first.kernels[kernel] / parts
+            row["microseconds"] += 1e6 * seconds / parts
+        return found
 
     def _median(self, name: str, count: Callable[[_trace.Busy], float]) -> float | None:
         if name not in self.profiles:
             return None
         return statistics.median(map(count, self.profiles[name]))
+
+
+def shortened(kernel: str) -> str:
+    """A kernel's name, of which templates make thousands of characters: both ends of it."""
+    return kernel if len(kernel) <= 400 else f"{kernel[:280]} ... {kernel[-120:]}"
 
 
 def measure(

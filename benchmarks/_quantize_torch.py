@@ -13,7 +13,7 @@ from benchmarks.shapes import GEMM_ROWS, launches_for
 from jaxfp8.padded import padded_size
 
 
-WIDTHS = (1280, 3420, 4096, 14336)
+WIDTHS = (1280, 3420, 4096, 11008, 14336, 18944)
 
 
 def measure(rounds: int, warm_up_seconds: float) -> list[dict[str, Any]]:

@@ -143,6 +143,20 @@ def test_kernels_of_graphs_and_what_the_host_says_of_them():
     assert marks == [{"launched": 1, "updated": 1}, {"not used in a profile": 1}]
 
 
+def test_kernels_whose_names_begin_alike_are_told_apart_or_added():
+    """CUTLASS's templates: the kernels of two layers differ behind thousands of characters."""
+    head = "k" * 3000
+    first, second = head + "a" * 200, head + "b" * 200
+    third = head + "c" + "a" * 199
+    kernels = _trace.collections.Counter({first: 6, second: 6, third: 6})
+    times = {first: 3e-3, second: 2e-3, third: 1e-3}
+    profile = _trace.Busy(6e-3, kernels, times)
+    clocked = _clocks.Clocked({}, {"ours": [profile]}, {"ours": 2})
+    found = clocked.largest("ours")
+    assert sorted(round(row["microseconds"]) for row in found.values()) == [333, 667]
+    assert sum(row["launches"] for row in found.values()) == 3
+
+
 def test_both_clocks_count_by_parts_of_a_call(monkeypatch):
     kernels = {"ours": {"gemm": 6 * _clocks.TRACE_CALLS}, "peer": {"copy": 3 * _clocks.TRACE_CALLS}}
 
