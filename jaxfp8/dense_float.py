@@ -52,6 +52,9 @@ def fp8_dense_float(
         raise ValueError(f"`w` must have shape [K, N], but its shape is {jnp.shape(w)}.")
     out_dtype = jnp.dtype(jnp.result_type(x) if out_dtype is None else out_dtype)
     x, w = jnp.asarray(x), jnp.asarray(w)
+    if bias is not None:
+        shape = (w.shape[1],)
+        bias = _options.check_vector(bias, "bias", (shape,), "one value for each output feature")
     # Of the whole result: on a mesh of Explicit axes `fp8_dense` sees a part.
     residual = _options.check_residual(residual, (*x.shape[:-1], w.shape[1]), out_dtype, None)
     if split := split_of(x, w, name="w", features_axis=1):
@@ -95,7 +98,6 @@ def _float_operation(activation, out_dtype, precision, implementation):
         if not _derivatives.is_zero(w_dot):
             terms.append(_matmul(x, w_dot))
         if not _derivatives.is_zero(bias_dot):
-            bias_dot = bias_dot.astype(jnp.float32)
             terms.append(bias_dot.reshape((1,) * (jnp.ndim(y) - 1) + (-1,)))
         pre = _float_operation(None, jnp.dtype(jnp.float32), precision, implementation)
         return y, _derivatives.dense_tangent(

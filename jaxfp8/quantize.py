@@ -1,7 +1,7 @@
 """e4m3 numerics: scales from absolute maxima, and saturating casts.
 
 Both implementations of the layer use these constants; the CUDA quantize kernel repeats them
-(`cuda/src/quantize.cuh`), and a GPU test holds the two to the same bits.
+(`cuda/src/e4m3.cuh`), and a GPU test holds the two to the same bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MIN_SCALE = np.float32(2.0**-126)
 
 def dtype_of(x: object) -> Any:
     """The dtype of an array or a number, as JAX sees it; None for anything else."""
-    if isinstance(x, tuple):  # numpy would take it for the description of a dtype
+    # numpy would take these for the description of a dtype.
+    if x is None or isinstance(x, tuple | str | bytes | type | np.dtype):
         return None
     try:
         return jnp.result_type(x)

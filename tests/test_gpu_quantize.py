@@ -15,12 +15,11 @@ from jaxfp8.quantize import FP8_DTYPE, cast_to_fp8, quantize
 
 
 pytestmark = pytest.mark.gpu
-# Rows are read by 16, 8, 4 or 2 bytes, of which K in bytes is a multiple: by 8 where K is 50, 1022
-# or 1030 and x float32, or K is 100, 516, 2044, 3420, 53252 or 65556 and x of 16 bits; by 4 and 2
-# at 50, 1022, 1026, 3422 and 65554, and at odd K. 1022 and 2044 fill their last warp.
+# Rows are read by 16, 8, 4 or 2 bytes, the most that divide K in bytes: there are some of each.
+# 1022 and 2044 fill their last warp.
 WIDTHS = [1, 2, 15, 16, 17, 50, 96, 100, 513, 516, 1022, 1026, 1030, 2044, 3420, 3421, 3422, 4096]
-WIDTHS += [14336, 16386, 16387]
-WIDTHS += [32768, 53252, 57344, 65536]  # 8 chunks a thread in 16 bits; read twice in float32
+WIDTHS += [14336, 16386, 16387, 32768]
+WIDTHS += [53252, 57344, 65536]  # read twice in float32
 WIDTHS += [65552, 65554, 65556, 70000, 70001]  # read twice
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__
@@ -134,9 +133,10 @@ def test_rows_that_do_not_fill_a_block(m):
     assert (bits(qx)[:, 40:] == 0).all()
 
 
-# One of each number of chunks that a thread may have, by each number of bytes.
-MANY = [50, 100, 513, 516, 768, 1022, 1030, 1280, 1536, 2044, 3420, 3421, 3422, 4096, 4100, 11008]
-MANY += [14336, 16386, 16387, 16390, 28668, 41000]
+# With those above each number of chunks that a thread may have, by each number of bytes.
+MANY = [50, 100, 513, 516, 766, 767, 768, 1022, 1030, 1280, 1532, 1534, 1536, 1710, 1711, 1712]
+MANY += [2044, 3420, 3421, 3422, 4096, 4098, 4099, 4100, 11004, 11006, 11008, 14336]
+MANY += [16386, 16387, 16388, 28668, 28670, 28671, 41000, 41001, 41002, 41004]
 
 
 @dtypes

@@ -46,6 +46,9 @@ OF_X = [
     case("int x", TypeError, r"`x` must be a real.*int32.*Cast it", np.ones((M, K), np.int32)),
     case("bool x", TypeError, r"`x` must be a real float.*bool", np.ones((M, K), bool)),
     case("complex x", TypeError, r"`x` must be a real float.*complex64", X.astype(np.complex64)),
+    case("no x", TypeError, r"`x` must be a real float.*a NoneType", None),
+    case("name of a dtype as x", TypeError, r"`x` must be a real float.*a str", "float32"),
+    case("dtype as x", TypeError, r"`x` must be a real float.*a type", np.float32),
     case("fp8 x", TypeError, r"`x` must be a real float.*float8_e4m3fn.*`scaled_matmul`", FP8_X),
     case("e5m2 x", TypeError, r"`x` must be.*float8_e5m2", jnp.zeros((M, K), jnp.float8_e5m2)),
 ]
@@ -56,6 +59,8 @@ OF_BIAS_AND_OPTIONS = [
     case("scalar bias", ValueError, r"`bias` must have shape.*\(\)", X, ..., np.float32(1)),
     case("int bias", TypeError, r"`bias` must be a float.*int32", X, ..., np.ones(50, np.int32)),
     case("fp8 bias", TypeError, r"`bias` must be.*float8", X, ..., jnp.zeros(50, FP8_DTYPE)),
+    case("dtype as bias", TypeError, r"`bias` must be a float array, but it is a type", X, ...,
+         np.float32),
     case("list as bias", TypeError, r"`bias` must be a float array, but it is a list", X, ...,
          [0.0] * 50),
     case("activation", ValueError, r"`activation` must be one of None, 'relu', 'gelu', 'silu', but "

@@ -41,3 +41,11 @@ def test_another_figure_is_seen_and_mended(head, line, rewritten):
     digit = max(i for i, c in enumerate(row) if c.isdigit())
     wrong = row[:digit] + str((int(row[digit]) + 1) % 10) + row[digit + 1 :]
     assert rewritten(README.replace(row, wrong, 1)) == (README, [head])
+
+
+def test_columns_in_another_order_are_seen(rewritten):
+    head = "| block | M | ours, busy | bf16 `nn.Dense`, busy |"
+    assert head in README
+    swapped = README.replace(head, "| block | M | bf16 `nn.Dense`, busy | ours, busy |")
+    with pytest.raises(ValueError, match="not in list"):
+        rewritten(swapped)

@@ -77,8 +77,8 @@ __device__ void load_if(bool inside, void const* from, void* to) {
 //
 // NOTES: by 8 bytes a row of 3420 takes what one of 3424 takes by 16. Read by the 16 aligned bytes
 // that hold it, with codes passed to the neighbouring thread, 16x3420 took 1.98 us and takes 1.62,
-// 512x3420 2.70 and 2.33, 4096x3420 9.51 and 8.73; a chunk of 8 bytes a thread 10.4 there. By 4
-// bytes 4096x3422 takes 11.4, and took 12.4 (H200, 2026-12-01).
+// 512x3420 2.70 and 2.33, 1024x3420 3.73 and 3.08; with a chunk of 8 bytes a thread 3.6 there (H200,
+// 2026-12-01).
 template <int kBytes, class T>
 __device__ Chunk<T> load_chunk(T const* row, int start, int k) {
   constexpr int kNumbers = kBytes / sizeof(T);

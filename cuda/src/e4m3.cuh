@@ -60,7 +60,7 @@ __device__ inline float scale_of_amax(float amax) {
 // The e4m3 codes of a chunk, as many bytes as it has numbers.
 template <class T>
 struct alignas(Chunk<T>::kSize) Codes {
-  std::conditional_t<Chunk<T>::kSize == 8, uint64_t, uint32_t> bytes;
+  uint32_t words[Chunk<T>::kSize / 4];
 };
 
 // Codes of x * reciprocal; 0 from the chunk's number `valid` on, also where the scale is NaN.
@@ -71,20 +71,24 @@ struct alignas(Chunk<T>::kSize) Codes {
 template <bool kStatic, class T>
 __device__ Codes<T> encode(Chunk<T> const& chunk, float reciprocal, int valid) {
   Codes<T> codes;
-  auto* const pairs = reinterpret_cast<__nv_fp8x2_storage_t*>(&codes);
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kSize; i += 2) {
+  auto const pair = [&](int i) -> uint32_t {
     float2 x = two_of(chunk, i);
     if constexpr (kStatic) {
       if (isinf(x.x)) x.x = nanf("");
       if (isinf(x.y)) x.y = nanf("");
     }
     float2 const scaled = {__fmul_rn(x.x, reciprocal), __fmul_rn(x.y, reciprocal)};
-    pairs[i / 2] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
-  }
+    return __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+  };
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; i += 4) codes.words[i / 4] = pair(i) | pair(i + 2) << 16;
   if (valid < Chunk<T>::kSize) {
     // All bytes at once: pair by pair it was a third of the kernel's instructions.
-    codes.bytes &= valid > 0 ? (decltype(codes.bytes){1} << 8 * valid) - 1 : 0;
+    uint64_t const mask = valid > 0 ? (uint64_t{1} << 8 * valid) - 1 : 0;
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kSize / 4; ++i) {
+      codes.words[i] &= static_cast<uint32_t>(mask >> 32 * i);
+    }
   }
   return codes;
 }

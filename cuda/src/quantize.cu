@@ -22,7 +22,9 @@ constexpr int kMaxThreads = 1024;
 // 1024x14336 12.9 and 12.0 (H200, 2026-12-01). Numbers of 2 bytes that are read one by one need
 // more, or spill.
 template <int kBytes, int kKept>
-constexpr int kRegisters = kBytes < 4 || kKept > 5 ? 64 : kKept > 3 ? 40 : 32;
+constexpr int kRegisters = kBytes < 4 || kKept > 5 ? 64
+                           : kKept > 3             ? (kBytes < 8 ? 48 : 40)
+                                                   : 32;
 
 // Block (threads, rows): each row of x has its own `threads`, a multiple of the warp.
 // NOTES: kKept chunks a thread stay in registers; kKept = 0 is for rows beyond 1024 threads of
