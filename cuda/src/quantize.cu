@@ -19,8 +19,7 @@ constexpr int kMaxThreads = 1024;
 // NOTES: left to itself ptxas converts chunks before the row's maximum is known, and takes up to
 // 64. Then a multiprocessor holds a block or two of a long row, and idles at their barriers:
 // 4096x18944 took 78.7 us with 4 chunks a thread and takes 56.2, 4096x11008 39.5 and 33.7,
-// 1024x14336 12.9 and 12.0 (H200, 2026-12-01). Numbers of 2 bytes that are read one by one need
-// more, or spill.
+// 1024x14336 12.9 and 12.0 (H200, 2026-12-01). Rows read by 4 or 2 bytes need more, or spill.
 template <int kBytes, int kKept>
 constexpr int kRegisters = kBytes < 4 || kKept > 5 ? 64
                            : kKept > 3             ? (kBytes < 8 ? 48 : 40)
