@@ -38,6 +38,17 @@ inline int bytes_at_once(uint64_t multiples) {
   return multiples % 16 == 0 ? 16 : static_cast<int>(multiples & -multiples);
 }
 
+// pick(bytes as a constant), for the numbers of bytes at which a T can begin.
+template <class T, class Pick>
+auto by_bytes(int bytes, Pick pick) {
+  switch (bytes) {
+    case 16: return pick(std::integral_constant<int, 16>{});
+    case 8: return pick(std::integral_constant<int, 8>{});
+    case 4: return pick(std::integral_constant<int, 4>{});
+    default: return pick(std::integral_constant<int, sizeof(T)>{});
+  }
+}
+
 // kBytes from `from` to `to`, if inside: a predicated load, and no branch.
 // NOTES: of five branches around a load each, ptxas made four predicates and waited for those loads
 // before it asked for the fifth: 4096x8192 took 32.9 us with 5 chunks a thread and 25.2 with 4.
@@ -77,8 +88,8 @@ __device__ void load_if(bool inside, void const* from, void* to) {
 //
 // NOTES: by 8 bytes a row of 3420 takes what one of 3424 takes by 16. Read by the 16 aligned bytes
 // that hold it, with codes passed to the neighbouring thread, 16x3420 took 1.98 us and takes 1.62,
-// 512x3420 2.70 and 2.33, 1024x3420 3.73 and 3.08; with a chunk of 8 bytes a thread 3.6 there (H200,
-// 2026-12-01).
+// 512x3420 2.70 and 2.33, 1024x3420 3.73 and 3.08; with a chunk of 8 bytes a thread 3.6 there
+// (H200, 2026-12-01).
 template <int kBytes, class T>
 __device__ Chunk<T> load_chunk(T const* row, int start, int k) {
   constexpr int kNumbers = kBytes / sizeof(T);

@@ -6,7 +6,6 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "chunk.cuh"
 

@@ -119,12 +119,7 @@ QuantizeKernel<T> pick_kept(int kept) {
 
 template <class T>
 QuantizeKernel<T> pick(int bytes, int kept) {
-  switch (bytes) {
-    case 16: return pick_kept<T, 16>(kept);
-    case 8: return pick_kept<T, 8>(kept);
-    case 4: return pick_kept<T, 4>(kept);
-    default: return pick_kept<T, sizeof(T)>(kept);
-  }
+  return by_bytes<T>(bytes, [=](auto constant) { return pick_kept<T, constant.value>(kept); });
 }
 
 int whole_warps(int threads) { return (threads + 31) / 32 * 32; }

@@ -11,24 +11,16 @@ namespace {
 
 using WeightKernel = void (*)(WeightProblem const);
 
-template <class T, int kBytes>
-WeightKernel pick_layout(bool in_out) {
-  return in_out ? weight_columns<T, kBytes> : weight_rows<T, kBytes>;
-}
-
 template <class T>
 WeightKernel pick(bool in_out, int bytes) {
-  switch (bytes) {
-    case 16: return pick_layout<T, 16>(in_out);
-    case 8: return pick_layout<T, 8>(in_out);
-    case 4: return pick_layout<T, 4>(in_out);
-    default: return pick_layout<T, sizeof(T)>(in_out);
-  }
+  return by_bytes<T>(bytes, [=](auto constant) -> WeightKernel {
+    return in_out ? weight_columns<T, constant.value> : weight_rows<T, constant.value>;
+  });
 }
 
 template <class T>
 int stage_bytes(int bytes) {
-  return bytes < 4 ? Tiles<T, sizeof(T)>::kStageBytes : Tiles<T, 16>::kStageBytes;
+  return by_bytes<T>(bytes, [](auto constant) { return Tiles<T, constant.value>::kStageBytes; });
 }
 
 template <class T>
